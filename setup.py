@@ -22,7 +22,7 @@ setup(
     description=cfg["description"],
     keywords=cfg["keywords"].split(),
     author=cfg["author"],
-    license=cfg["license"],
+    license_expression=cfg["license"],
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["mainrun_nb", "mainrun_nb.*"]),

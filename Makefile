@@ -1,0 +1,58 @@
+# make quickstart | test | lab | bench | clean. Each makes .venv where it is missing; Python 3.11 or newer is all it needs.
+VENV := .venv
+BIN  := $(VENV)/bin
+# The first interpreter that really starts and is new enough. Choose another: make PYTHON=/path/to/python3 ...
+tested = import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+newer  = import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c '$(tested)' 2>/dev/null && echo $$p && exit; done; \
+	python3 -c '$(newer)' 2>/dev/null && echo python3)
+SHELL_SCRIPTS := .ci/run $(wildcard .github/scripts/*.sh docker/*.sh)
+WORKFLOWS := $(wildcard .github/workflows/*.yml)
+
+.PHONY: help quickstart test lint lab bench readme clean
+help:  ## what there is
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer found. Install one, or say: make PYTHON=/path/to/python3 ..." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+$(VENV)/.runtime: $(BIN)/python settings.ini setup.py pyproject.toml constraints.txt
+	@echo "Installing mainrun_nb into $(VENV) (some minutes the first time) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	@echo "Installing the development tools into $(VENV) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all]'
+	@touch $@
+
+quickstart: $(VENV)/.runtime  ## install, then train a tiny model on synthetic titles
+	rm -rf runs/quickstart
+	$(BIN)/mainrun-train --config sweeps/base/quickstart.yaml --out runs/quickstart
+
+test: lint  ## the linters, then every test (MAINRUN_SLOW=1 for the slow ones too, HN_TITLES=file for real titles)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev  ## the linters alone; none needs a network
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows $(WORKFLOWS)
+	$(BIN)/zizmor --offline --quiet .github/workflows
+	$(BIN)/shellcheck $(SHELL_SCRIPTS)
+	$(BIN)/hadolint docker/Dockerfile
+
+lab: $(VENV)/.dev  ## JupyterLab on the chapters
+	JUPYTER_PREFER_ENV_PATH=1 $(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb $(ARGS)
+
+bench: $(VENV)/.dev  ## every measurement of benchmarks/, one after the other
+	@for f in $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)); do echo "== $$f"; $(BIN)/python $$f || exit 1; done
+
+readme: $(VENV)/.dev  ## README.md from nbs/index.ipynb
+	$(BIN)/nbdev-test nbs/index.ipynb --save
+	$(BIN)/nbdev-clean --fname nbs/index.ipynb
+	$(BIN)/python .github/scripts/readme.py README.md
+
+clean:  ## build products and caches; runs and .venv stay
+	rm -rf build dist *.egg-info _docs _proc .pytest_cache .mypy_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -print | xargs rm -rf
