@@ -205,6 +205,8 @@ def settings() -> configparser.SectionProxy:
 def test_versions_agree():
     found = re.search(r'^__version__ = "(.+)"$', (PACKAGE / "__init__.py").read_text(), re.M)
     assert found and found[1] == settings()["version"]
+    cited = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.M)
+    assert cited and cited[1] == found[1]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["requires-python"] == f">={settings()['min_python']}" and project["name"] == settings()["lib_name"]
 

@@ -1,0 +1,420 @@
+"""The scripts of the workflows, run here: real bash and git, with stand-ins for docker, papermill and the console commands."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ROOT / ".github" / "scripts"
+IMAGE_INPUTS = ["docker/Dockerfile", ".dockerignore", "constraints.txt", "settings.ini", "setup.py", "pyproject.toml"]
+
+# A docker that keeps a list of its images and a log of what it was asked.
+DOCKER = """#!/usr/bin/env bash
+echo "$@" >>"$STUBS/docker.log"
+case "$1" in
+  image) grep -qx "$3" "$STUBS/images" 2>/dev/null ;;
+  build) [ ! -f "$STUBS/no-build" ] && echo "$5" >>"$STUBS/images" ;;
+esac
+"""
+
+
+class Place:
+    """A workplace: a checkout, a runner's home, and a folder of stand-ins that comes first on the path."""
+
+    def __init__(self, tmp: Path) -> None:
+        self.code, self.home, self.stubs = tmp / "code", tmp / "home", tmp / "stubs"
+        for folder in (self.code, self.home, self.stubs):
+            folder.mkdir()
+        self.summary = tmp / "summary.md"
+        self.env = {
+            "PATH": f"{self.stubs}:{os.environ['PATH']}",
+            "HOME": str(tmp),
+            "STUBS": str(self.stubs),
+            "MAINRUN_HOME": str(self.home),
+            "GITHUB_STEP_SUMMARY": str(self.summary),
+            "GIT_CONFIG_GLOBAL": os.devnull,
+        }
+
+    def stub(self, name: str, text: str) -> None:
+        (self.stubs / name).write_text(text)
+        (self.stubs / name).chmod(0o755)
+
+    def files(self, *names: str) -> None:
+        for name in names:
+            (self.code / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, self.code / name)
+
+    def run(self, script: str, *args: str, **env: str) -> subprocess.CompletedProcess:
+        command = ["bash", str(SCRIPTS / script), *args]
+        return subprocess.run(command, cwd=self.code, env={**self.env, **env}, capture_output=True, text=True, timeout=60)
+
+    def log(self, name: str = "docker.log") -> list[str]:
+        path = self.stubs / name
+        return path.read_text().splitlines() if path.exists() else []
+
+    def builds(self) -> int:
+        return sum(line.startswith("build ") for line in self.log())
+
+
+@pytest.fixture
+def place(tmp_path) -> Place:
+    place = Place(tmp_path)
+    place.stub("docker", DOCKER)
+    return place
+
+
+# --- image.sh and in-image.sh ---
+
+
+def test_the_image_is_built_once_and_again_only_when_an_input_changes(place):
+    place.files(*IMAGE_INPUTS, "mainrun_nb/config.py")
+    first = place.run("image.sh").stdout
+    assert first.startswith("mainrun-nb:") and place.builds() == 1
+    (place.code / "mainrun_nb/config.py").write_text("changed = True\n")
+    assert place.run("image.sh").stdout == first and place.builds() == 1
+    with (place.code / "constraints.txt").open("a") as f:
+        f.write("# changed\n")
+    assert place.run("image.sh").stdout != first and place.builds() == 2
+
+
+def test_the_container_sees_the_gpus_the_code_read_only_and_no_key_on_its_command_line(place):
+    place.files(*IMAGE_INPUTS)
+    (place.home / ".env").write_text("WANDB_API_KEY=secret-key\n")
+    assert place.run("in-image.sh", "mainrun-train", "--out", "a b").returncode == 0
+    line = place.log()[-1]
+    assert line.startswith("run --rm --init") and "--gpus all" in line and f"--volume {place.code}:/app:ro" in line
+    assert f"--env-file {place.home}/.env" in line and "secret-key" not in " ".join(place.log())
+    assert f"--user {os.getuid()}:{os.getgid()}" in line and line.endswith("mainrun-train --out a b")
+
+
+def test_without_a_home_nothing_starts(place):
+    done = place.run("in-image.sh", "true", MAINRUN_HOME="")
+    assert done.returncode != 0 and "MAINRUN_HOME" in done.stderr and not place.log()
+
+
+# --- train.sh ---
+
+PAPERMILL = """#!/usr/bin/env bash
+echo "start $5" >>"$STUBS/papermill.log"; sleep "${PAUSE:-0}"
+mkdir -p "$(dirname "$5")/run"
+echo '{}' >"$5"
+echo '{"val/loss": 1.25, "parameters": 27172864, "commit": "a|b"}' >"$(dirname "$5")/run/result.json"
+echo "end $5" >>"$STUBS/papermill.log"
+exit "${PAPERMILL_EXIT:-0}"
+"""
+TRAIN = {"CONFIG": "sweeps/base/a.yaml", "RUN": "train-1-1", "MAINRUN_LOCAL": "1"}
+
+
+@pytest.fixture
+def trainer(place) -> Place:
+    (place.code / "sweeps/base").mkdir(parents=True)
+    (place.code / "sweeps/base/a.yaml").write_text("")
+    place.stub("papermill", PAPERMILL)
+    return place
+
+
+def test_train_hands_its_inputs_to_papermill_and_keeps_what_comes_back(trainer):
+    done = trainer.run("train.sh", **TRAIN, OVERRIDES="hyperparams.lr=1.0e-3  hyperparams.betas=[0.9,0.95]", SEED="7")
+    assert done.returncode == 0, done.stderr
+    folder = trainer.home / "runs/train-1-1"
+    assert yaml.safe_load((folder / "parameters.yaml").read_text()) == {
+        "config": "sweeps/base/a.yaml",
+        "seed": 7,
+        "out": f"{folder}/run",
+        "overrides": ["hyperparams.lr=1.0e-3", "hyperparams.betas=[0.9,0.95]"],
+    }
+    assert {p.name for p in (trainer.code / "artifacts").iterdir()} == {"trial.ipynb", "parameters.yaml", "result.json"}
+    text = trainer.summary.read_text()
+    assert "## train-1-1" in text and "| val/loss | 1.2500 |" in text and "| parameters | 27,172,864 |" in text and "a\\|b" in text
+
+
+def test_train_without_overrides_gives_an_empty_list(trainer):
+    assert trainer.run("train.sh", **TRAIN).returncode == 0
+    assert yaml.safe_load((trainer.home / "runs/train-1-1/parameters.yaml").read_text())["overrides"] == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("CONFIG", "sweeps/../../etc/passwd.yaml"),
+        ("CONFIG", "sweeps/base/none.yaml"),
+        ("CONFIG", "/etc/passwd"),
+        ("RUN", "../other"),
+        ("RUN", "-rf"),
+        ("SEED", "1;id"),
+        ("OVERRIDES", "a=$(id)"),
+        ("OVERRIDES", 'a=1 b="x"'),
+        ("OVERRIDES", "--flag"),
+        ("OVERRIDES", "a=1;id"),
+    ],
+)
+def test_train_refuses_what_is_no_plain_input(trainer, key, value):
+    done = trainer.run("train.sh", **{**TRAIN, key: value})
+    assert done.returncode == 2 and key in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not trainer.log("papermill.log") and not (trainer.home / "runs").exists()
+
+
+def test_train_never_writes_into_another_run(trainer):
+    assert trainer.run("train.sh", **TRAIN).returncode == 0
+    before = (trainer.home / "runs/train-1-1/trial.ipynb").stat().st_mtime_ns
+    done = trainer.run("train.sh", **TRAIN)
+    assert done.returncode == 2 and "already a run" in done.stderr
+    assert (trainer.home / "runs/train-1-1/trial.ipynb").stat().st_mtime_ns == before
+
+
+def test_a_failed_run_still_hands_over_its_notebook(trainer):
+    assert trainer.run("train.sh", **TRAIN, PAPERMILL_EXIT="1").returncode == 1
+    assert (trainer.code / "artifacts/trial.ipynb").is_file()
+
+
+def test_two_jobs_on_one_machine_take_turns(trainer):
+    env = {**trainer.env, **TRAIN, "PAUSE": "0.5"}
+    jobs = [
+        subprocess.Popen(["bash", str(SCRIPTS / "train.sh")], cwd=trainer.code, env={**env, "RUN": name}, stdout=subprocess.DEVNULL)
+        for name in ("one", "two")
+    ]
+    assert [job.wait(timeout=30) for job in jobs] == [0, 0]
+    assert [line.split()[0] for line in trainer.log("papermill.log")] == ["start", "end", "start", "end"]
+
+
+def test_summary_says_when_a_run_left_no_result(tmp_path):
+    done = subprocess.run([sys.executable, SCRIPTS / "summary.py", "run", tmp_path / "none.json"], capture_output=True, text=True)
+    assert done.returncode == 0 and "left no result.json" in done.stdout
+
+
+@pytest.mark.slow
+def test_train_with_the_real_papermill(place):
+    """The job's own command line on synthetic titles, without the container."""
+    for name in ("sweeps", "mainrun_nb"):
+        shutil.copytree(ROOT / name, place.code / name, ignore=shutil.ignore_patterns("__pycache__", "runs"))
+    env = {"PYTHONPATH": str(place.code), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    small = "hyperparams.epochs=1 hyperparams.num_titles=400 hyperparams.vocab_size=400 hyperparams.batch_size=8"
+    command = ["bash", str(SCRIPTS / "train.sh")]
+    inputs = {"CONFIG": "sweeps/base/quickstart.yaml", "RUN": "real", "OVERRIDES": small, "SEED": "3", "MAINRUN_LOCAL": "1"}
+    done = subprocess.run(command, cwd=place.code, env={**place.env, **env, **inputs}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((place.code / "artifacts/result.json").read_text())
+    assert result["seed"] == 3 and 0 < result["val/loss"] < 10
+    assert (place.code / "artifacts/curves.png").is_file() and "| val/loss |" in place.summary.read_text()
+
+
+# --- sweep.sh ---
+
+SWEEP = {"SEARCH": "sweeps/search/s.yaml", "BASE": "sweeps/base/b.yaml", "NAME": "lr", "TRIALS": "3", "MAINRUN_LOCAL": "1"}
+
+
+@pytest.fixture
+def sweeper(place) -> Place:
+    for name in (SWEEP["SEARCH"], SWEEP["BASE"]):
+        (place.code / name).parent.mkdir(parents=True, exist_ok=True)
+        (place.code / name).write_text("")
+    place.stub("mainrun-sweep", '#!/usr/bin/env bash\necho "$@" >>"$STUBS/sweep.log"\nmkdir -p "$5"\nexit "${SWEEP_EXIT:-0}"\n')
+    place.stub("mainrun-report", '#!/usr/bin/env bash\necho "<html>" >"$1/report.html"\n')
+    return place
+
+
+def test_a_sweep_is_resumed_by_its_name(sweeper):
+    assert sweeper.run("sweep.sh", **SWEEP).returncode == 0
+    out = f"{sweeper.home}/runs/sweep-lr"
+    first = f"sweeps/search/s.yaml --config sweeps/base/b.yaml --out {out} --trials 3 --jobs 1 --engine local"
+    assert sweeper.run("sweep.sh", **SWEEP).returncode == 0
+    assert sweeper.log("sweep.log") == [first, first + " --resume"]
+    assert (sweeper.code / "artifacts/report.html").is_file()
+
+
+def test_a_stopped_sweep_still_reports_and_says_how_to_go_on(sweeper):
+    assert sweeper.run("sweep.sh", **SWEEP, SWEEP_EXIT="1").returncode == 1
+    assert (sweeper.code / "artifacts/report.html").is_file()
+    assert "exit code 1. Start the workflow again with the same name" in sweeper.summary.read_text()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("SEARCH", "../x.yaml"), ("BASE", "sweeps/no.yaml"), ("NAME", "a/b"), ("TRIALS", "0"), ("JOBS", "many"), ("ENGINE", "slurm")],
+)
+def test_sweep_refuses_what_is_no_plain_input(sweeper, key, value):
+    done = sweeper.run("sweep.sh", **{**SWEEP, key: value})
+    assert done.returncode == 2 and value in done.stderr and not sweeper.log("sweep.log")
+
+
+# --- gpu-status.sh ---
+
+
+def test_gpu_status_goes_to_the_summary_and_sees_the_hosts_processes(place):
+    place.files(*IMAGE_INPUTS)
+    place.stub("docker", DOCKER + '[ "$1" != run ] || echo "| 0 | H100 |"\n')
+    done = place.run("gpu-status.sh")
+    assert done.returncode == 0 and "H100" in done.stdout and "H100" in place.summary.read_text()
+    assert "--pid host" in place.log()[-1] and place.log()[-1].endswith(" mainrun-gpu")
+
+
+def test_gpu_status_fails_when_the_gpu_does(place):
+    place.stub("mainrun-gpu", "#!/usr/bin/env bash\necho 'nvidia-smi does not answer'\nexit 1\n")
+    done = place.run("gpu-status.sh", MAINRUN_LOCAL="1")
+    assert done.returncode == 1 and "does not answer" in place.summary.read_text()
+
+
+# --- update-runner.sh ---
+
+
+@pytest.fixture
+def runner(place) -> Place:
+    """A repository with the image's inputs and one commit; `place.code` is the workflow's own checkout of it."""
+    place.files(*IMAGE_INPUTS)
+    git(place, "init", "--quiet", "--initial-branch=main")
+    # What a careless checkout leaves behind; none of it may get into the runner's copy.
+    git(place, "remote", "add", "origin", "https://x-access-token:ghs_secret@example.com/repo.git")
+    commit(place, "code.py", "one")
+    return place
+
+
+def git(place: Place, *args: str) -> str:
+    command = ["git", "-c", "user.name=t", "-c", "user.email=t@example.com", *args]
+    return subprocess.run(command, cwd=place.code, env=place.env, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def commit(place: Place, name: str, text: str) -> str:
+    (place.code / name).write_text(text)
+    git(place, "add", "--all")
+    git(place, "commit", "--quiet", "--message", text)
+    return git(place, "rev-parse", "HEAD")
+
+
+def update(place: Place, sha: str) -> subprocess.CompletedProcess:
+    return place.run("update-runner.sh", str(place.code), sha)
+
+
+def test_update_brings_the_commit_and_holds_no_token_and_no_remote(runner):
+    sha = git(runner, "rev-parse", "HEAD")
+    done = update(runner, sha)
+    assert done.returncode == 0, done.stderr
+    assert (runner.home / "current/code.py").read_text() == "one"
+    remotes = subprocess.run(["git", "-C", runner.home / "repo.git", "remote"], capture_output=True, text=True, check=True).stdout
+    assert remotes == ""
+    found = subprocess.run(["grep", "-r", "ghs_secret", runner.home], capture_output=True, text=True)
+    assert found.returncode == 1, found.stdout
+
+
+def test_a_running_job_keeps_its_code_while_the_runner_moves_on(runner):
+    update(runner, git(runner, "rev-parse", "HEAD"))
+    where = (runner.home / "current").resolve()
+    script = "import sys, time, pathlib\npathlib.Path(sys.argv[1]).touch(); time.sleep(1.5); print(open('code.py').read())"
+    started = runner.stubs / "started"
+    job = subprocess.Popen([sys.executable, "-c", script, started], cwd=where, stdout=subprocess.PIPE, text=True)
+    while not started.exists():
+        time.sleep(0.01)
+    done = update(runner, commit(runner, "code.py", "two"))
+    assert done.returncode == 0 and job.poll() is None, done.stderr
+    assert (runner.home / "current/code.py").read_text() == "two"
+    assert job.communicate(timeout=30)[0].strip() == "one" and (where / "code.py").read_text() == "one"
+
+
+def test_update_builds_an_image_only_when_its_inputs_change(runner):
+    update(runner, git(runner, "rev-parse", "HEAD"))
+    assert runner.builds() == 1
+    update(runner, commit(runner, "code.py", "two"))
+    assert runner.builds() == 1
+    update(runner, commit(runner, "constraints.txt", "torch==9\n"))
+    assert runner.builds() == 2
+
+
+def test_update_never_goes_back_and_can_be_repeated(runner):
+    old = git(runner, "rev-parse", "HEAD")
+    new = commit(runner, "code.py", "two")
+    for sha in (old, new, old, new):
+        assert update(runner, sha).returncode == 0
+    assert os.readlink(runner.home / "current") == f"worktrees/{new}"
+
+
+def test_a_failed_build_leaves_the_runner_where_it_was(runner):
+    old = git(runner, "rev-parse", "HEAD")
+    update(runner, old)
+    (runner.stubs / "no-build").touch()
+    new = commit(runner, "constraints.txt", "broken\n")
+    assert update(runner, new).returncode != 0
+    assert os.readlink(runner.home / "current") == f"worktrees/{old}"
+    (runner.stubs / "no-build").unlink()
+    assert update(runner, new).returncode == 0
+    assert os.readlink(runner.home / "current") == f"worktrees/{new}"
+
+
+@pytest.mark.parametrize("sha", ["main", "0" * 40, "--upload-pack=id"])
+def test_update_refuses_what_is_no_commit(runner, sha):
+    assert update(runner, sha).returncode != 0
+    assert not (runner.home / "current").exists()
+
+
+# --- notebooks.sh, docs.sh, .ci/run ---
+
+
+def bare_repository(place: Place, script: str) -> Path:
+    """A small repository of its own with one of our scripts in it, since these scripts go to the root of theirs."""
+    target = place.code / script
+    target.parent.mkdir(parents=True)
+    shutil.copy(ROOT / script, target)
+    return target
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_notebooks_script_finds_a_module_without_a_notebook(place, stale):
+    script = bare_repository(place, ".github/scripts/notebooks.sh")
+    place.stub("make", "#!/usr/bin/env bash\n")
+    (place.code / "mainrun_nb").mkdir()
+    header = "# AUTOGENERATED! DO NOT EDIT! File to edit: ../nbs/00_a.ipynb.\n"
+    for name in ["a", "old"] if stale else ["a"]:
+        (place.code / f"mainrun_nb/{name}.py").write_text(header)
+    (place.code / "mainrun_nb/__init__.py").write_text("")
+    tools = place.code / ".venv/bin"
+    tools.mkdir(parents=True)
+    for name, text in [("nbdev-test", ""), ("nbdev-clean", ""), ("nbdev-export", f"printf '{header[:-1]}\\n' >mainrun_nb/a.py")]:
+        (tools / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tools / name).chmod(0o755)
+    (place.code / ".gitignore").write_text(".venv/\n")
+    git(place, "init", "--quiet")
+    git(place, "add", "--all")
+    git(place, "commit", "--quiet", "--message", "all")
+    done = subprocess.run(["bash", script], cwd=place.code, env=place.env, capture_output=True, text=True)
+    assert done.returncode == int(stale), done.stderr
+    assert ("mainrun_nb/old.py" in done.stderr) == stale
+
+
+@pytest.mark.slow
+def test_docs_script_hands_every_chapter_to_quarto(place):
+    script = bare_repository(place, ".github/scripts/docs.sh")
+    for name in ("nbs", "mainrun_nb"):
+        shutil.copytree(ROOT / name, place.code / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    place.files("pyproject.toml", "settings.ini", "setup.py", "README.md")
+    quarto = '[ "$1" != render ] || { mkdir -p _docs && cp _quarto.yml *.ipynb _docs/ && touch _docs/index.html; }'
+    place.stub("quarto", f"#!/usr/bin/env bash\n{quarto}\n")
+    env = {**place.env, "MAINRUN_BIN": str(Path(sys.executable).parent), "PYTHONPATH": str(place.code), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["bash", script], cwd=place.code, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    pages = {p.name for p in (place.code / "_proc/_docs").glob("*.ipynb")}
+    assert pages == {p.name for p in (ROOT / "nbs").glob("*.ipynb")}
+
+
+def test_docs_script_says_that_quarto_is_missing(place):
+    script = bare_repository(place, ".github/scripts/docs.sh")
+    done = subprocess.run(["bash", script], env={**place.env, "PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
+    assert done.returncode == 2 and "quarto" in done.stderr
+
+
+@pytest.mark.parametrize("titles", [False, True])
+def test_ci_finds_the_real_titles_where_they_are(place, titles):
+    script = bare_repository(place, ".ci/run")
+    for name in ("chromium", "apt-get"):
+        place.stub(name, "#!/usr/bin/env bash\n")
+    place.stub("make", '#!/usr/bin/env bash\necho "$1 ${MAINRUN_SLOW:-unset} ${HN_TITLES:-unset}"\n')
+    path = place.code.parent / "shared/data/hn_titles.txt.gz"
+    if titles:
+        path.parent.mkdir(parents=True)
+        path.touch()
+    done = subprocess.run(["bash", script], cwd="/", env=place.env, capture_output=True, text=True)
+    assert done.stdout.split() == ["test", "1", str(path) if titles else "unset"], done.stderr
