@@ -151,18 +151,18 @@ HUB_NAME = "julien040/hacker-news-posts"
 OFFLINE = "sources that work offline: synthetic, or a path to a .txt, .csv, .jsonl or .parquet file (plain or .gz) or to a folder of them"
 
 
-def _hub_answers(revision: str, timeout: float = 5.0) -> bool:
-    "Whether the hub can be reached; `InputError` if it answers that there is no such revision."
+def _hub_silence(revision: str, timeout: float = 5.0) -> str:
+    "Why the hub cannot be reached, or nothing if it can; `InputError` if it answers that there is no such revision."
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RevisionNotFoundError
 
     try:
         HfApi().dataset_info(HUB_NAME, revision=revision, timeout=timeout)
-        return True
+        return ""
     except RevisionNotFoundError:
         raise InputError(f"data.revision: {HUB_NAME} has no revision '{revision}'") from None
-    except Exception:  # every way in which a network can fail, and the user's own HF_HUB_OFFLINE
-        return False
+    except Exception as e:  # every way in which a network can fail, and the user's own HF_HUB_OFFLINE
+        return type(e).__name__
 
 # %% ../nbs/02_data.ipynb #f69aeb2a
 def _same_revision(
@@ -176,18 +176,18 @@ def _same_revision(
 def _load_hub(revision: str) -> Any:
     "The challenge's data set at a revision, from the hub or from the cache."
     datasets = _import_datasets()
-    online = _hub_answers(revision)
+    silence = _hub_silence(revision)
     before = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = before or not online  # else it would retry for half a minute
+    datasets.config.HF_HUB_OFFLINE = before or bool(silence)  # else it would retry for half a minute
     try:
         rows = datasets.load_dataset(HUB_NAME, revision=revision, split="train")
     except Exception as e:
-        why = f"it failed with {type(e).__name__}" if online else "it cannot be reached, and the cache does not have it"
-        raise InputError(f"data.source=hackernews: the hub's {HUB_NAME} could not be loaded ({why}); {OFFLINE}") from None
+        why = f"it cannot be reached ({silence}), and the cache does not have it" if silence else _first_line(e)
+        raise InputError(f"data.source=hackernews: {HUB_NAME} could not be loaded from the hub: {why}; {OFFLINE}") from None
     finally:
         datasets.config.HF_HUB_OFFLINE = before
-    if not online and not _same_revision([f["filename"] for f in rows.cache_files], revision):
-        raise InputError(f"data.revision: the hub cannot be reached, and the cache holds another snapshot than {revision}; {OFFLINE}")
+    if silence and not _same_revision([f["filename"] for f in rows.cache_files], revision):
+        raise InputError(f"data.revision: the hub cannot be reached, and the newest snapshot in the cache is not {revision}; {OFFLINE}")
     return rows
 
 
@@ -199,6 +199,11 @@ def _import_datasets() -> Any:
         raise InputError("reading from the hub or a folder needs the package 'datasets': pip install datasets") from None
     return datasets
 
+
+def _first_line(e: Exception) -> str:
+    "An exception of a library in one line."
+    return f"{type(e).__name__}: {str(e)[:200]}".splitlines()[0]
+
 # %% ../nbs/02_data.ipynb #ec45bf3b
 def _load_folder(path: Path) -> Any:
     "The `train` split of a folder in the hub's layout."
@@ -206,7 +211,7 @@ def _load_folder(path: Path) -> Any:
     try:
         return datasets.load_dataset(str(path), split="train")
     except Exception as e:
-        raise InputError(f"{path}: not a folder in the hub's layout ({(str(e) or type(e).__name__).splitlines()[0]:.200})") from None
+        raise InputError(f"{path}: not a folder in the hub's layout ({_first_line(e)})") from None
 
 # %% ../nbs/02_data.ipynb #4e102f1e
 def draw(

@@ -1,0 +1,377 @@
+"Sources of titles beyond the chapter's own asserts: files large and broken, folders, the hub's cache, the known split."
+
+import csv
+import gzip
+import hashlib
+import http.server
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from mainrun_nb import data
+from mainrun_nb.config import InputError, load_config
+from mainrun_nb.data import (
+    draw,
+    fingerprint,
+    get_batch,
+    joined_chars,
+    load_titles,
+    ngram_losses,
+    read_titles,
+    split_titles,
+    steps_per_epoch,
+)
+
+PIN = load_config().data.revision
+
+
+def config(source, n=20, *more):
+    return load_config(overrides=[f"data.source={source}", f"hyperparams.num_titles={n}", *more])
+
+
+def refusal(call, *args):
+    "The one line that a call is refused with."
+    with pytest.raises(InputError) as caught:
+        call(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def titles():
+    rng = random.Random(0)
+    pieces = ["Show HN:", "a, b", '"quoted"', "l'été", "价格", "🚀", "line\nbreak", "tab\there", "\u2028", "C:\\x", "{json: 1}", "", "'"]
+    return [" ".join(rng.choices(pieces, k=rng.randrange(1, 6))).strip() for _ in range(300)]
+
+
+def write(path, titles):
+    "The titles in the format that the name asks for."
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kind = path.name.split(".")[1]
+    if kind == "csv":
+        with open(path, "w", encoding="utf-8", newline="") as f:
+            csv.writer(f).writerows([["id", "title"], *enumerate(titles)])
+    elif kind == "jsonl":
+        path.write_text("".join(json.dumps({"id": 0, "title": t}, ensure_ascii=len(t) % 2 == 0) + "\n" for t in titles), encoding="utf-8")
+    elif kind == "parquet":
+        pq.write_table(pa.table({"id": range(len(titles)), "title": titles}), path)
+    else:
+        path.write_bytes("\n".join(titles).encode())
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    return path
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.csv.gz", "t.jsonl", "t.jsonl.gz", "t.parquet", "t.parquet.gz"])
+def test_columns_keep_every_title(tmp_path, titles, name):
+    path = write(tmp_path / name, titles)
+    assert read_titles(path) == titles
+    assert load_titles(config(path, 100)) == [titles[i] for i in np.random.default_rng(1337).permutation(300)[:100]]
+    assert load_titles(config(path, 100)) != load_titles(config(path, 100, "data.seed=1"))
+
+
+@pytest.mark.parametrize("name", ["t.txt", "t.txt.gz", "T.TXT", "two.dots.txt"])
+def test_text_files(tmp_path, titles, name):
+    one_line = [t.strip() for t in titles if "\n" not in t and t.strip()]
+    path = tmp_path / name
+    raw = "\r\n\n".join(f"  {t} " for t in one_line).encode()
+    path.write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
+    assert read_titles(path) == one_line
+
+
+def test_other_column_and_home(tmp_path, monkeypatch):
+    (tmp_path / "a.csv").write_text("headline,title\nfirst,1\nsecond,2\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert sorted(load_titles(config("~/a.csv", 2, "data.column=headline"))) == ["first", "second"]
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("a.txt", b"", "no titles"),
+    ("a.txt.gz", b"", "no titles"),
+    ("a.txt.gz", gzip.compress(b""), "no titles"),
+    ("a.csv", b"title\n", "no titles"),
+    ("a.csv", b"\n\n", "no titles"),
+    ("a.txt", b"\x7fELF\x02\x01\x00" + bytes(range(256)), "zero bytes"),
+    ("a.txt", "utf-16".encode("utf-16"), "not UTF-8"),
+    ("a.txt", b"fine\nfine\ncaf\xe9\n", "line 3"),
+    ("a.txt", b"\xef\xbb\xbffine\ncaf\xe9\n", "line 2"),
+    ("a.txt.gz", b"plain text", "gzip"),
+    ("a.txt.gz", gzip.compress(os.urandom(5000))[:2000], "gzip"),
+    ("a.csv", b"a,b\n1,2\n", "no column 'title'"),
+    ("a.csv", b"title\n" + b'"' + b"x" * 200_000 + b'"\n', "not valid CSV"),
+    ("a.csv", b'title\n"open\n', "not valid CSV"),
+    ("a.jsonl", b'{"title": "x"}\n{"titel": "y"}\n', "line 2: no column 'title' (data.column). Did you mean 'titel'"),
+    ("a.jsonl", b'{"title": null}\n', "title 1 is None, not text"),
+    ("a.jsonl", b"[" * 100_000, "not valid JSON"),
+    ("a.parquet", b"PAR1 but not really PAR1", "not a whole Parquet file"),
+    ("a.tsv", b"title\n", "unknown kind"),
+    ("a", b"title\n", "unknown kind"),
+    ("a.gz", b"title\n", "unknown kind"),
+])
+def test_bad_files(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    text = refusal(load_titles, config(tmp_path / name))
+    assert name in text and words in text
+
+
+def test_bad_parquet(tmp_path, titles):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = write(tmp_path / "t.parquet", titles)
+    raw = bytearray(path.read_bytes())
+    path.write_bytes(raw[:-20])
+    assert "not a whole Parquet file" in refusal(read_titles, path)
+    pq.write_table(pa.table({"title": [1, 2]}), path)
+    assert "title 1 is 1, not text" in refusal(read_titles, path)
+    pq.write_table(pa.table({"title": ["a", None]}), path)
+    assert "title 2 is None" in refusal(read_titles, path)
+    pq.write_table(pa.table({"titles": ["a"]}), path)
+    assert "Did you mean 'titles'" in refusal(read_titles, path)
+
+
+def test_too_few(tmp_path):
+    one, five = tmp_path / "one.txt", tmp_path / "five.txt"
+    one.write_text("only me\n")
+    five.write_text("a\nb\nc\nd\ne\n")
+    assert "has 1 title," in refusal(load_titles, config(one))
+    assert load_titles(config(one, 1)) == ["only me"]
+    assert "each half" in refusal(split_titles, ["only me"], config(one, 1))
+    text = refusal(load_titles, config(five))
+    assert "has 5 titles" in text
+    works = text.rsplit("; ")[1].split()[0]
+    assert len(load_titles(load_config(overrides=[f"data.source={five}", works]))) == 5
+    assert "5 for training and 0" in refusal(split_titles, list("abcde"), config(five, 5, "hyperparams.val_frac=1.0e-20"))
+    assert "0 for training and 5" in refusal(split_titles, list("abcde"), config(five, 5, "hyperparams.val_frac=0.9"))
+
+
+def test_no_such_source(tmp_path):
+    assert "Did you mean 'synthetic'" in refusal(load_titles, config("sinthetic"))
+    assert "gone.txt" in refusal(load_titles, config(tmp_path / "gone.txt"))
+    assert "HN_TITLES" in refusal(load_titles, config("''"))
+
+
+def test_unreadable(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("x")
+
+    def denied(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.read_bytes", denied)
+    assert "Permission denied" in refusal(load_titles, config(tmp_path / "a.txt"))
+
+
+# --- the hub: a folder in its layout, its cache, its absence ---------------------------------------------------------------
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    "An empty cache of the package `datasets`."
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    yield tmp_path / "cache"
+    datasets.enable_progress_bars()
+
+
+def test_folder_in_the_hubs_layout(tmp_path, hub_cache, titles):
+    import datasets
+
+    folder = tmp_path / "posts"
+    (folder / "data").mkdir(parents=True)
+    splits = "  data_files:\n  - split: train\n    path: data/train-*\n"
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n{splits}---\n")
+    for part in (0, 1):
+        write(folder / "data" / f"train-0000{part}-of-00002.parquet", titles[part * 150 : part * 150 + 150])
+    drawn = load_titles(config(folder, 100))
+    theirs = datasets.load_dataset(str(folder), split="train").shuffle(seed=1337).take(100)
+    assert drawn == [row["title"].strip() for row in theirs]
+    assert drawn == load_titles(config(write(tmp_path / "same.csv", titles), 100))
+    assert "has 300 titles" in refusal(load_titles, config(folder, 301))
+    assert "Did you mean 'title'" in refusal(load_titles, config(folder, 10, "data.column=titel"))
+
+
+def test_folders_that_are_something_else(tmp_path, hub_cache):
+    (tmp_path / "empty").mkdir()
+    assert "not a folder in the hub's layout" in refusal(load_titles, config(tmp_path / "empty"))
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test.csv").write_text("title\na\nb\n")
+    assert "train" in refusal(load_titles, config(tmp_path / "tests"))
+
+
+def fill_cache(cache, revision, titles):
+    "What `load_dataset` leaves behind after it has loaded a revision from the hub."
+    from datasets import Dataset, Features, Value
+    from datasets.arrow_writer import ArrowWriter
+
+    home = cache / data.HUB_NAME.replace("/", "___") / "default" / "0.0.0" / revision
+    home.mkdir(parents=True)
+    features = Features({"title": Value("string")})
+    name = data.HUB_NAME.split("/")[1]
+    with ArrowWriter(features=features, path=str(home / f"{name}-train.arrow")) as writer:
+        for t in titles:
+            writer.write({"title": t})
+        n, size = writer.finalize()
+    info = Dataset.from_dict({"title": titles}, features=features).info
+    info.builder_name, info.dataset_name, info.config_name, info.version = "parquet", name, "default", "0.0.0"
+    from datasets.splits import SplitDict, SplitInfo
+
+    info.splits = SplitDict({"train": SplitInfo("train", num_bytes=size, num_examples=n, dataset_name=name)})
+    info.write_to_directory(str(home))
+
+
+def test_offline_reads_the_cache_but_only_the_pinned_revision(hub_cache, titles, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(data, "_hub_silence", lambda revision: "ConnectError")
+    before = datasets.config.HF_HUB_OFFLINE
+    fill_cache(hub_cache, PIN, titles)
+    assert load_titles(config("hackernews", 50)) == [titles[i] for i in draw(300, 50, 1337)]
+    assert fingerprint(["a"], ["b"], config("hackernews"), 1)["revision"] == PIN
+    assert "cache is not " + "f" * 40 in refusal(load_titles, config("hackernews", 50, "data.revision=" + "f" * 40))
+    assert datasets.config.HF_HUB_OFFLINE == before
+
+
+def test_unreachable_hub_names_the_offline_sources(hub_cache, monkeypatch):
+    monkeypatch.setattr(data, "_hub_silence", lambda revision: "ConnectError")
+    text = refusal(load_titles, config("hackernews"))
+    assert "cannot be reached" in text and "synthetic" in text and ".txt" in text
+
+
+def test_hub_is_asked_for_the_pinned_revision(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(*args, **named):
+        asked.append((args, named, datasets.config.HF_HUB_OFFLINE))
+        return datasets.Dataset.from_dict({"title": [f" {i} " for i in range(100)]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(data, "_hub_silence", lambda revision: "")
+    assert load_titles(config("hackernews", 10)) == [str(i) for i in draw(100, 10, 1337)]
+    assert asked == [(("julien040/hacker-news-posts",), dict(revision=PIN, split="train"), datasets.config.HF_HUB_OFFLINE)]
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    "As much of the hub as `load_dataset` asks for, with one revision of one data set."
+
+    files = {"README.md": b"---\nlicense: mit\n---\n"}
+
+    def log_message(self, *args):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        entries = [dict(type="file", path=p, size=len(raw), oid=hashlib.sha1(raw).hexdigest()) for p, raw in self.files.items()]
+        folder = dict(type="directory", path="data", size=0, oid="0" * 40)
+        api, found = f"/api/datasets/{data.HUB_NAME}", None
+        match self.path.split("?")[0].removeprefix(api), self.path.split("?")[0].split(f"{PIN}/", 1)[-1]:
+            case f, _ if f == f"/revision/{PIN}":
+                found = dict(_id="0", id=data.HUB_NAME, sha=PIN, private=False, tags=[], siblings=[dict(rfilename=p) for p in self.files])
+            case f, _ if f == f"/tree/{PIN}":
+                found = [folder, entries[0]]
+            case f, _ if f == f"/tree/{PIN}/data":
+                found = entries[1:]
+            case _, name if name in self.files:
+                found = self.files[name]
+        raw = found if isinstance(found, bytes) else json.dumps(found or {}).encode()
+        self.send_response(404 if found is None else 200)
+        self.send_header("Content-Length", str(len(raw)))
+        self.send_header("X-Repo-Commit", PIN)
+        self.send_header("ETag", f'"{hashlib.sha1(raw).hexdigest()}"')
+        if found is None:
+            self.send_header("X-Error-Code", "RevisionNotFound" if "/revision/" in self.path else "EntryNotFound")
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(raw)
+
+
+@pytest.mark.slow
+def test_the_real_loader_against_a_small_hub(tmp_path):
+    "Download, an unknown revision, then the same two with the hub gone."
+    numbered = write(tmp_path / "t.parquet", [f" title {i} " for i in range(300)])
+    Hub.files |= {"data/train-00000-of-00001.parquet": numbered.read_bytes()}
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = dict(os.environ, HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_HOME=str(tmp_path / "home"))
+    code = """if True:
+        import sys
+        from mainrun_nb.config import InputError, load_config
+        from mainrun_nb.data import load_titles
+        try:
+            print(load_titles(load_config(overrides=["hyperparams.num_titles=5", "data.revision=" + sys.argv[1]])))
+        except InputError as e:
+            print("refused:", e)"""
+
+    def ask(revision):
+        return subprocess.run([sys.executable, "-c", code, revision], env=env, capture_output=True, text=True, timeout=120)
+
+    expected = str([f"title {i}" for i in draw(300, 5, 1337)])
+    first = ask(PIN)
+    assert first.stdout.strip() == expected
+    assert "Generating train split" in first.stderr  # progress is shown
+    assert "has no revision 'ffff" in ask("f" * 40).stdout
+    server.shutdown()
+    server.server_close()
+    assert ask(PIN).stdout.strip() == expected
+    assert "cache is not ffff" in ask("f" * 40).stdout
+
+
+def test_missing_package_is_one_line(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    assert "pip install datasets" in refusal(load_titles, config("hackernews"))
+
+
+# --- stream, batches, references -------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_sees_every_whole_batch_once():
+    for n, b, t in [(1000, 3, 7), (22, 3, 7), (43, 3, 7), (64, 4, 5), (4097, 32, 128)]:
+        ids, ptr, steps = torch.arange(n), 0, steps_per_epoch(n, b, t)
+        for _ in range(3):  # every epoch is the same
+            firsts = []
+            for _ in range(steps):
+                x, y, ptr = get_batch(ids, ptr, b, t)
+                assert x.shape == y.shape == (b, t) and torch.equal(y, x + 1)
+                firsts.append(x[0, 0].item())
+            assert firsts == [i * b * t for i in range(steps)] or n % (b * t) == 0
+
+
+def test_stream_too_short_suggests_what_works():
+    for n, b, t in [(900, 64, 128), (8192, 64, 128), (90, 64, 128), (2, 5, 5)]:
+        text = refusal(steps_per_epoch, n, b, t)
+        values = dict(part.removeprefix("hyperparams.").split("=") for part in text.split("; ")[1].split() if "=" in part)
+        assert steps_per_epoch(n, int(values["batch_size"]), int(values.get("context_length", t))) >= 1
+    assert "more titles" in refusal(steps_per_epoch, 1, 1, 1)
+
+
+def test_references_of_known_streams():
+    coin = torch.randint(3, 5, (200_000,), generator=torch.Generator().manual_seed(0))
+    found = ngram_losses(coin, coin[:5000], 5, 5000)
+    assert abs(found["unigram"] - np.log(2)) < 1e-3 and abs(found["bigram"] - np.log(2)) < 1e-3
+    cycle = torch.arange(60_000) % 3 + 2
+    found = ngram_losses(cycle, cycle[:3000], 5, 3000)
+    assert abs(found["unigram"] - np.log(3)) < 1e-3 and found["bigram"] < 1e-3
+
+
+@pytest.mark.real
+def test_the_known_split_of_real_titles():
+    cfg = load_config(overrides=[f"data.source={os.environ['HN_TITLES']}"])
+    train, val = split_titles(load_titles(cfg), cfg)
+    assert (len(train), len(val)) == (90_000, 10_000)
+    if len(read_titles(os.environ["HN_TITLES"])) == 394_242:
+        assert joined_chars(val) == 548_676
+        assert fingerprint(train, val, cfg, 0)["sha256"].startswith("56ee2642e73a96ff")
