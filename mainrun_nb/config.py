@@ -289,7 +289,7 @@ def _merge(conf: DictConfig, node: dict, where: str, path: str = "") -> None:
             raise InputError(f"{where}: '{key}' must be a {type(conf[name]).__name__}, found {value}")
         node_type = conf._get_node(name)._metadata.ref_type  # type: ignore[union-attr]
         try:
-            conf[name] = value
+            OmegaConf.update(conf, name, value, merge=False)
         except OmegaConfBaseException:
             expected = getattr(node_type, "__name__", None) or str(node_type).replace("typing.", "")
             raise InputError(f"{where}: '{key}' must be of type {expected}, found {value!r}") from None
