@@ -162,9 +162,9 @@ class SparseAttnConfig(CausalAttnConfig):
     attn_type: str = one_of("fixed", "strided", "local", "all")
     local_attn_ctx: int = positive(32)  # l: window, stride or block, in tokens
     vertsize: int = positive(4)  # c: summary columns per block, in tokens
-    num_verts: int = positive(8)  # distinct sets of summary columns, dealt out to the heads
+    num_verts: int = positive(4)  # distinct sets of summary columns, dealt out to the heads
     sparseblocksize: int = positive(32)  # tile of the computation, in tokens
-    n_bctx: int | None = None  # blocks in the context: derived; if given it must agree
+    n_bctx: int | None = None  # tiles in the context: derived; if given it must agree
     merged: bool = False  # every head attends to the union of the two patterns; else heads alternate
 
 
