@@ -70,7 +70,7 @@ def write_titles(
     seed: int = 0,
     max_tokens: int | None = None,  # new tokens at most; none: up to the context's end
 ) -> list[str]:
-    "Sample titles. Raises `InputError` for settings out of range or a prompt longer than the context."
+    "Sample titles, each one line with single spaces. Raises `InputError` for settings out of range or a prompt longer than the context."
     for name, bad, words in [("n", n < 1, "above 0"), ("temperature", temperature < 0, "0 or more"), ("topk", topk < 0, "0 or more"),
                              ("topp", not 0 < topp <= 1, "above 0 and at most 1"),
                              ("max_tokens", max_tokens is not None and max_tokens < 1, "above 0")]:
@@ -84,7 +84,7 @@ def write_titles(
     model.eval()
     texts = torch.stack(list(stream_ids(model, ids, n, max_tokens, **choice)), 1).tolist()  # (n, new tokens)
     until_eos = [text[: text.index(tokenizer.eos_id)] if tokenizer.eos_id in text else text for text in texts]
-    return [tokenizer.decode(ids[1:] + text).strip() for text in until_eos]
+    return [" ".join(tokenizer.decode(ids[1:] + text).split()) for text in until_eos]
 
 
 def generate(
