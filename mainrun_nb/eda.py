@@ -7,8 +7,8 @@ __all__ = ['Rows', 'FORMS', 'BLUE', 'ORANGE', 'GREEN', 'PINK', 'Drawing', 'count
            'halves', 'by_half', 'markdown', 'forms', 'openings', 'plot_openings', 'Zipf', 'zipf_fit', 'plot_zipf',
            'script', 'title_script', 'TokenCounts', 'count_tokens', 'describe_tokens', 'unseen', 'token_rows',
            'plot_lengths', 'ScriptCounts', 'by_script', 'script_rows', 'plot_scripts', 'plain_words', 'duplicates',
-           'ngrams', 'overlap_plain', 'Postings', 'post', 'Overlap', 'overlap', 'overlap_rows', 'plot_overlap',
-           'leak_rows', 'zipf_rows', 'save_pictures', 'explore_titles', 'explore_tokens', 'explore']
+           'ngrams', 'overlap_plain', 'RunIndex', 'number_runs', 'post', 'Overlap', 'overlap', 'overlap_rows',
+           'plot_overlap', 'leak_rows', 'zipf_rows', 'save_pictures', 'explore_titles', 'explore_tokens', 'explore']
 
 # %% ../nbs/03_eda.ipynb #bddcad6c
 import json
@@ -19,6 +19,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ from .data import joined_chars, load_titles, split_titles
 # %% ../nbs/03_eda.ipynb #fda5fa4f
 def count_words(titles: Iterable[str]) -> Counter[str]:
     "How often each word occurs, a word being what stands between spaces."
-    return Counter(word for title in titles for word in title.split())
+    return Counter(chain.from_iterable(map(str.split, titles)))
 
 
 def title_lengths(titles: Sequence[str]) -> np.ndarray:  # (titles,)
@@ -99,15 +100,14 @@ def markdown(rows: Rows) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
 
 # %% ../nbs/03_eda.ipynb #044ca4c3
-FORMS = {
-    "Show HN": re.compile(r"Show HN\b"), "Ask HN": re.compile(r"Ask HN\b"), "Tell HN": re.compile(r"Tell HN\b"),
-    "Launch HN": re.compile(r"Launch HN\b"), "a year (2015)": re.compile(r".*\((?:19|20)\d\d\)"),
-    "[pdf] or [video]": re.compile(r".*\[(?:pdf|video)\]"), "a question mark": re.compile(r".*\?$")}
+FORMS = {name: re.compile(form).search for name, form in {
+    "Show HN": r"^Show HN\b", "Ask HN": r"^Ask HN\b", "Tell HN": r"^Tell HN\b", "Launch HN": r"^Launch HN\b",
+    "a year (2015)": r"\((?:19|20)\d\d\)", "[pdf] or [video]": r"\[(?:pdf|video)\]", "a question mark": r"\?$"}.items()}
 
 
 def forms(titles: Sequence[str]) -> dict[str, Any]:
-    "Shares of titles that open with a form of the site's own, or end in a common way."
-    return {f"share with {name}": sum(bool(form.match(title)) for title in titles) / len(titles) for name, form in FORMS.items()}
+    "Shares of titles that open with a form of the site's own, or contain or end in something common."
+    return {f"share with {name}": sum(map(bool, map(found, titles))) / len(titles) for name, found in FORMS.items()}
 
 
 def openings(
@@ -327,60 +327,99 @@ def overlap_plain(train: Sequence[str], title: str, n: int = 3) -> tuple[float, 
     shared = [own & ngrams(other, n) for other in train]
     return len(set().union(*shared)) / len(own), max((len(s) for s in shared), default=0) / len(own)
 
-# %% ../nbs/03_eda.ipynb #e765c02a
-class Postings(NamedTuple):
-    "Where each n-gram of the validation titles occurs in training: `where[edges[k]:edges[k + 1]]` for n-gram k."
+# %% ../nbs/03_eda.ipynb #aad5633c
+class RunIndex:
+    "Numbers for the runs of `n` words in some titles; shorter titles are filled up with empty words."
 
-    numbers: dict[str, int]  # n-gram -> its number
-    edges: np.ndarray  # (n-grams + 1,)
-    where: np.ndarray  # (occurrences,) places of training titles, rising for each n-gram
+    def __init__(self, titles: Sequence[str], n: int = 3):
+        self.n, self.words = n, {"": 0}
+        for title in titles:
+            for word in plain_words(title):
+                self.words.setdefault(word, len(self.words))
+        self.known: list[np.ndarray] = []  # the sorted keys of runs of 2, 3, ... n words
+        self.places, self.runs = self.find(titles)  # of the titles themselves
+
+    def numbered(self, titles: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:  # (words,), (titles,)
+        "The number of each word, -1 for a new one, and how many words each title has."
+        flat, sizes = array("i"), array("i")
+        for title in titles:
+            words = plain_words(title)
+            words += [""] * (self.n - len(words))
+            flat.extend([self.words.get(word, -1) for word in words])
+            sizes.append(len(words))
+        return np.array(flat, dtype=np.int64), np.array(sizes, dtype=np.int64)
+
+    def find(self, titles: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:  # (found,), (found,)
+        "Places of titles and the known runs in them, each pair once."
+        flat, sizes = self.numbered(titles)
+        runs = number_runs(flat, self.n, len(self.words), self.known)
+        within = np.arange(len(flat)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # place of a word in its title
+        begins = (within <= np.repeat(sizes, sizes) - self.n) & (runs >= 0)
+        pairs = np.repeat(np.arange(len(sizes)), sizes)[begins] * (runs.max(initial=0) + 1) + runs[begins]
+        return np.divmod(np.unique(pairs), runs.max(initial=0) + 1)
+
+# %% ../nbs/03_eda.ipynb #ce88729a
+def number_runs(
+    flat: np.ndarray,  # (words,) numbers of words, -1 unknown
+    n: int,
+    base: int,  # how many words are known
+    known: list[np.ndarray],  # sorted keys of each level; levels that are missing are learned
+) -> np.ndarray:  # (words,) number of the run of `n` words that begins here, -1 unknown
+    "Number the runs of `n` words, title borders ignored."
+    runs = flat
+    for k in range(1, n):
+        following = np.append(flat[k:], np.full(min(k, len(flat)), -1))
+        keys = np.where((runs >= 0) & (following >= 0), runs * base + following, -1)
+        if len(known) < k:
+            known.append(np.unique(keys[keys >= 0]))
+        place = np.searchsorted(known[k - 1], keys).clip(max=len(known[k - 1]) - 1)
+        runs = np.where(known[k - 1][place] == keys, place, -1)
+    return runs
+
+# %% ../nbs/03_eda.ipynb #2097972c
+def post(
+    train: Sequence[str],
+    index: RunIndex,
+    piece: int = 50_000,  # titles read at once
+) -> tuple[np.ndarray, np.ndarray]:  # (runs + 1,) edges, (occurrences,) places of training titles
+    "Postings: run k occurs in the titles `where[edges[k]:edges[k + 1]]`."
+    found = [index.find(train[start : start + piece]) for start in range(0, len(train), piece)]
+    where = np.concatenate([np.zeros(0, np.int32), *((piece * i + places).astype(np.int32) for i, (places, _) in enumerate(found))])
+    runs = np.concatenate([np.zeros(0, np.int32), *(runs.astype(np.int32) for _, runs in found)])
+    total = len(index.known[-1]) if index.known else len(index.words)
+    return np.append(0, np.cumsum(np.bincount(runs, minlength=total))), where[np.argsort(runs, kind="stable")]
 
 
-def post(train: Iterable[str], val: Iterable[str], n: int = 3) -> Postings:
-    "The inverted index of the validation titles' n-grams over the training titles."
-    numbers: dict[str, int] = {}
-    for title in val:
-        for gram in ngrams(title, n):
-            numbers.setdefault(gram, len(numbers))
-    grams, where = array("i"), array("i")
-    for place, title in enumerate(train):
-        for gram in ngrams(title, n):
-            if (k := numbers.get(gram)) is not None:
-                grams.append(k)
-                where.append(place)
-    found = np.frombuffer(grams, dtype=np.int32) if grams else np.zeros(0, np.int32)
-    edges = np.append(0, np.cumsum(np.bincount(found, minlength=len(numbers))))
-    return Postings(numbers, edges, np.array(where, dtype=np.int32)[np.argsort(found, kind="stable")])
-
-# %% ../nbs/03_eda.ipynb #011fdc4b
 class Overlap(NamedTuple):
     "Overlaps of validation titles with the training titles."
 
-    anywhere: np.ndarray  # (validation titles,) share of the title's n-grams that occur in training
+    anywhere: np.ndarray  # (validation titles,) share of the title's runs that occur in training
     in_one: np.ndarray  # (measured,) largest share of them in one training title
     measured: np.ndarray  # (measured,) places of the validation titles that `in_one` was measured on
 
-
+# %% ../nbs/03_eda.ipynb #011fdc4b
 def overlap(
     train: Sequence[str],
     val: Sequence[str],
-    n: int = 3,  # words of an n-gram
-    limit: int = 50_000_000,  # list entries that `in_one` may read in all
+    n: int = 3,  # words of a run
+    limit: int = 50_000_000,  # postings that `in_one` may read in all
 ) -> Overlap:
-    "Exact n-gram overlaps of each validation title with the training titles."
-    numbers, edges, where = post(train, val, n)
-    own = [np.array([numbers[gram] for gram in sorted(ngrams(title, n))]) for title in val]
-    sizes = np.diff(edges)
-    anywhere = np.array([(sizes[grams] > 0).mean() for grams in own])
+    "Exact overlaps of each validation title's runs of `n` words with the training titles."
+    index = RunIndex(val, n)
+    edges, where = post(train, index)
+    sizes = np.diff(edges)[index.runs]  # postings of each run of each validation title
+    counts, cost = (np.bincount(index.places, weights=w, minlength=len(val)) for w in (None, sizes))
+    anywhere = np.bincount(index.places, weights=sizes > 0, minlength=len(val)) / counts
     order = np.random.default_rng(0).permutation(len(val))
-    cost = np.cumsum([sizes[own[i]].sum() for i in order])
-    measured = np.sort(order[: max(1, int(np.searchsorted(cost, limit, side="right")))])
+    measured = np.sort(order[: max(1, int(np.searchsorted(np.cumsum(cost[order]), limit, side="right")))])
+    starts = np.append(0, np.cumsum(counts)).astype(int)
 
-    def nearest(grams: np.ndarray) -> float:
-        places = np.concatenate([where[edges[k] : edges[k + 1]] for k in grams])
-        return np.unique(places, return_counts=True)[1].max() / len(grams) if len(places) else 0.0
+    def nearest(title: int) -> float:
+        runs = index.runs[starts[title] : starts[title + 1]]
+        places = np.concatenate([where[edges[k] : edges[k + 1]] for k in runs])
+        return np.unique(places, return_counts=True)[1].max(initial=0) / len(runs)
 
-    return Overlap(anywhere, np.array([nearest(own[i]) for i in measured]), measured)
+    return Overlap(anywhere, np.array([nearest(title) for title in measured]), measured)
 
 # %% ../nbs/03_eda.ipynb #be214fe9
 def overlap_rows(found: Overlap, n: int = 3) -> Rows:
