@@ -7,8 +7,7 @@ __all__ = ['TokenInfo', 'allowed', 'title_numbers', 'attend_plain', 'rotate', 'K
            'CausalAttention', 'register_attention', 'build_attention']
 
 # %% ../nbs/05_attention.ipynb #6f2c896f
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,11 +23,14 @@ class TokenInfo:
 
     positions: Tensor  # (T,) place of each token in its row
     titles: Tensor | None = None  # (B, T) number of the title each token belongs to, rising along a row; None: no title mask
+    _mask: Tensor | None = field(default=None, repr=False)  # made once (`cached_property` holds a lock that torch.compile refuses)
 
-    @cached_property
+    @property
     def mask(self) -> Tensor | None:
         "Which key each query may see: (B, 1, T, T), True is allowed; None where causality is the only rule."
-        return None if self.titles is None else allowed(self.positions, self.positions, self.titles, self.titles)
+        if self._mask is None and self.titles is not None:
+            self._mask = allowed(self.positions, self.positions, self.titles, self.titles)
+        return self._mask
 
 # %% ../nbs/05_attention.ipynb #f1ac4f79
 def allowed(

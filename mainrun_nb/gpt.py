@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['make_norm', 'SwiGLU', 'MLP', 'LayerScale', 'Residual', 'Block', 'init_weights', 'loss_sum', 'softmax_',
-           'logit_gradients', 'chunk_gradients', 'linear_cross_entropy', 'Embedding', 'GPTCache', 'place_tokens',
-           'run_block', 'Decoder', 'GPT', 'parameter_table', 'parameter_formula']
+           'logit_gradients_', 'chunk_gradients', 'all_gradients', 'linear_cross_entropy', 'Embedding', 'GPTCache',
+           'place_tokens', 'run_block', 'Decoder', 'GPT', 'parameter_table', 'parameter_formula']
 
 # %% ../nbs/08_gpt.ipynb #229ef658
 from collections.abc import Sequence
@@ -138,35 +138,58 @@ def loss_sum(
 
 # %% ../nbs/08_gpt.ipynb #315c5eed
 def softmax_(
-    z: Tensor,  # (n, V) logits; overwritten where they are float32
+    z: Tensor,  # (n, V) logits in float32; become the probabilities
     targets: Tensor,  # (n, 1)
-) -> tuple[Tensor, Tensor]:  # the summed cross-entropy, and the probabilities (n, V) in float32
+) -> Tensor:  # the summed cross-entropy
     "Cross-entropy of a chunk and its softmax, in place."
-    top, picked = z.amax(-1, keepdim=True).float(), z.gather(1, targets).float()
-    p = torch.softmax(z, -1, dtype=torch.float32, out=z if z.dtype == torch.float32 else None)
-    return (top - p.amax(-1, keepdim=True).log() - picked).sum(), p
+    top, picked = z.amax(-1, keepdim=True), z.gather(1, targets)
+    p = torch.softmax(z, -1, out=z)
+    return (top - p.amax(-1, keepdim=True).log() - picked).sum()
 
 # %% ../nbs/08_gpt.ipynb #df95bf2e
-def logit_gradients(
-    logits: list[Tensor],  # one or two passes of (n, V); overwritten
+def logit_gradients_(
+    logits: list[Tensor],  # one or two passes of (n, V) in float32; become the gradients
     targets: Tensor,  # (n, 1)
     r_drop: float = 0.0,
-) -> tuple[Tensor, list[Tensor]]:  # the chunk's `loss_sum`, and its gradients (n, V) in float32
-    "The loss of a chunk of logits and its gradient with respect to each of them."
-    apart = logits[0].float() - logits[1] if r_drop else None  # before the softmax overwrites them
-    losses, probs = zip(*(softmax_(z, targets) for z in logits), strict=True)
-    loss, share = torch.stack(losses).mean(), 1 / len(logits)
-    if apart is None:
-        grads = [p.mul_(share) if share < 1 else p for p in probs]
-    else:
-        (p, q), gap, r = probs, probs[0] - probs[1], r_drop / 2
-        at_p, at_q = ((x * apart).sum(-1, keepdim=True) for x in probs)
+) -> Tensor:  # the chunk's `loss_sum`
+    "The loss of a chunk of logits, and its gradient with respect to them, in place."
+    apart = logits[0] - logits[1] if r_drop else None
+    loss, share = torch.stack([softmax_(z, targets) for z in logits]).mean(), 1 / len(logits)
+    if apart is not None:
+        (p, q), gap, r = logits, logits[0] - logits[1], r_drop / 2
+        at_p, at_q = ((x * apart).sum(-1, keepdim=True) for x in (p, q))
         loss = loss + r * (at_p - at_q).sum()
-        grads = [p.mul_((apart - at_p).mul_(r).add_(share)).add_(gap, alpha=r), q.mul_((at_q - apart).mul_(r).add_(share)).sub_(gap, alpha=r)]
-    return loss, [g.scatter_add_(1, targets, torch.full_like(targets, -share, dtype=g.dtype)) for g in grads]
+        p.mul_((apart - at_p).mul_(r).add_(share)).add_(gap, alpha=r)
+        q.mul_((at_q - apart).mul_(r).add_(share)).sub_(gap, alpha=r)
+    elif share < 1:
+        for z in logits:
+            z.mul_(share)
+    for z in logits:
+        z.scatter_add_(1, targets, torch.full_like(targets, -share, dtype=z.dtype))
+    return loss
 
 # %% ../nbs/08_gpt.ipynb #6ada09e2
 def chunk_gradients(
+    head: Tensor,  # (V, d) the weight, in the precision of the matrix products
+    targets: Tensor,  # (n, 1)
+    rows: list[Tensor],  # one or two passes of (n, d), likewise
+    d_head: Tensor,  # (V, d) float32: the chunk's share is added to it
+    r_drop: float = 0.0,
+) -> tuple[Tensor, list[Tensor]]:  # `loss_sum`, and its gradient with respect to each of the rows
+    "The loss of one chunk of rows and its gradients."
+    logits, d_rows = [(h @ head.T).float() for h in rows], []
+    loss = logit_gradients_(logits, targets, r_drop)
+    for h in rows:
+        g = logits.pop(0).to(head.dtype)  # its float32 form is dropped here
+        d_rows.append(g @ head)
+        if g.dtype == d_head.dtype:
+            d_head.addmm_(g.T, h)
+        else:
+            d_head += g.T @ h
+    return loss, d_rows
+
+# %% ../nbs/08_gpt.ipynb #af5488b1
+def all_gradients(
     weight: Tensor,  # (V, d)
     targets: Tensor,  # (N,)
     hidden: tuple[Tensor, ...],  # one or two passes of (N, d)
@@ -179,15 +202,10 @@ def chunk_gradients(
     d_weight, d_hidden = torch.zeros_like(weight, dtype=torch.float32), [torch.empty_like(h) for h in hidden]
     for at in range(0, len(targets), chunk):
         rows = [h[at : at + chunk].to(dtype) for h in hidden]
-        loss, grads = logit_gradients([h @ head.T for h in rows], targets[at : at + chunk, None], r_drop)
+        loss, d_rows = chunk_gradients(head, targets[at : at + chunk, None], rows, d_weight, r_drop)
         total += loss
-        while grads:  # each is dropped before the next one is needed
-            g, h, d_h = grads.pop().to(dtype), rows.pop(), d_hidden[len(grads)]
-            d_h[at : at + chunk] = g @ head
-            if dtype == torch.float32:
-                d_weight.addmm_(g.T, h)
-            else:
-                d_weight += g.T @ h
+        for whole, part in zip(d_hidden, d_rows, strict=True):
+            whole[at : at + chunk] = part
     return total, [d_weight, *d_hidden]
 
 # %% ../nbs/08_gpt.ipynb #37a9afce
@@ -199,7 +217,7 @@ class _ChunkedLoss(torch.autograd.Function):
         device = weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         with torch.autocast(device, enabled=False):
-            total, grads = chunk_gradients(weight, targets, hidden, chunk, r_drop, dtype)
+            total, grads = all_gradients(weight, targets, hidden, chunk, r_drop, dtype)
         ctx.save_for_backward(*(g.to(of.dtype) for g, of in zip(grads, (weight, *hidden), strict=True)))
         return total
 
@@ -209,6 +227,15 @@ class _ChunkedLoss(torch.autograd.Function):
         return None, None, None, *(g * scale for g in ctx.saved_tensors)
 
 # %% ../nbs/08_gpt.ipynb #b72cb038
+@torch._disable_dynamo
+def _in_chunks(hidden: tuple[Tensor, ...], weight: Tensor, targets: Tensor, chunk: int, r_drop: float) -> Tensor:
+    "`loss_sum` over chunks of rows."
+    if torch.is_grad_enabled():
+        return _ChunkedLoss.apply(targets, chunk, r_drop, weight, *hidden)
+    parts = zip(targets.split(chunk), *(h.split(chunk) for h in hidden), strict=True)
+    return torch.stack([loss_sum(weight, *part, r_drop=r_drop) for part in parts]).sum()
+
+# %% ../nbs/08_gpt.ipynb #b292bcf1
 def linear_cross_entropy(
     hidden: tuple[Tensor, ...],  # one or two passes of (N, d)
     weight: Tensor,  # (V, d) the head
@@ -217,14 +244,9 @@ def linear_cross_entropy(
     r_drop: float = 0.0,  # weight of R-Drop's penalty, for two passes
 ) -> Tensor:  # scalar, float32
     "Mean cross-entropy of `hidden @ weight.T` in nats per token, holding `chunk` rows of logits at a time."
-    if not chunk or len(targets) <= chunk:
-        total = loss_sum(weight, targets, *hidden, r_drop=r_drop)
-    elif torch.is_grad_enabled():
-        total = _ChunkedLoss.apply(targets, chunk, r_drop, weight, *hidden)
-    else:
-        parts = zip(targets.split(chunk), *(h.split(chunk) for h in hidden), strict=True)
-        total = torch.stack([loss_sum(weight, *part, r_drop=r_drop) for part in parts]).sum()
-    return total / len(targets)
+    if chunk and len(targets) > chunk:
+        return _in_chunks(hidden, weight, targets, chunk, r_drop) / len(targets)
+    return loss_sum(weight, targets, *hidden, r_drop=r_drop) / len(targets)
 
 # %% ../nbs/08_gpt.ipynb #8a316c22
 class Embedding(nn.Module):
