@@ -1,0 +1,64 @@
+"""Memory math: the prediction against the real allocator, units, and what happens when a run does not fit."""
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mainrun_nb.config import InputError, load_config
+from mainrun_nb.memory import check_budget, estimate_memory, explain, inference_memory, measured_peak, memory_budget, simulate_step
+
+ROOT = Path(__file__).resolve().parents[1]
+spec = importlib.util.spec_from_file_location("bench_memory", ROOT / "benchmarks/memory.py")
+bench = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(bench)
+
+CASES = ["causal, adafactor", "causal, muon", "bottleneck, bf16", "fixed, plain", "strided, title mask", "local, checkpointing", "sparsek, accumulate",
+         "unet, r_drop"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_prediction(name):
+    """Within 2 % of the allocator's peak; a small vocabulary keeps this quick."""
+    cfg = load_config(overrides=[*bench.grid()[name][0], "hyperparams.context_length=64"])
+    assert simulate_step(cfg, 4000)[0]["total"] == pytest.approx(measured_peak(cfg, 4000), rel=0.02)
+
+
+def test_tied_weights_and_buffers_once():
+    tied, untied = (simulate_step(load_config(overrides=[*bench.SHAPE, f"model_configs.gpt.tied={t}"]), 3000)[0] for t in ("true", "false"))
+    assert untied["parameters"] - tied["parameters"] == 4 * 3000 * 128
+
+
+@pytest.mark.parametrize(("optimizer", "state"), [("sgd", 0), ("adagrad", 4), ("rmsprop", 4), ("adam", 8), ("adamw", 8)])
+def test_optimizer_state(optimizer, state):
+    """The formula's bytes per parameter are the simulation's, apart from the optimizers' step counters."""
+    cfg = load_config(overrides=[*bench.SHAPE, f"hyperparams.optimizer={optimizer}"])
+    parts = simulate_step(cfg, 3000)[0]
+    assert parts["optimizer"] == pytest.approx(state / 4 * parts["parameters"], abs=1000)
+    assert explain(cfg, 3000)["optimizer"] == state / 4 * parts["parameters"]
+
+
+def test_units():
+    """GB are 10^9 bytes, everywhere."""
+    cfg = load_config(overrides=[*bench.SHAPE, "hyperparams.memory_budget_gb=1.5"])
+    assert memory_budget(cfg) == 1_500_000_000
+    line = next(row for row in estimate_memory(cfg, vocab_size=3000).table().splitlines() if row.startswith("total"))
+    assert float(line.split()[1]) == pytest.approx(estimate_memory(cfg, vocab_size=3000).peak_bytes / 1e6, abs=0.01)
+
+
+def test_refusal_says_what_fits_and_it_does():
+    cfg = load_config(overrides=[*bench.SHAPE, "hyperparams.optimizer=adamw", "hyperparams.context_length=64"])
+    peak = estimate_memory(cfg, vocab_size=3000).peak_bytes
+    tight = replace(cfg, hyperparams=replace(cfg.hyperparams, memory_budget_gb=peak * 0.7 / 1e9))
+    with pytest.raises(InputError, match=r"needs .* GB, the budget is .* GB; hyperparams.batch_size=\d+ would fit, or hyperparams.grad_accum=\d+") as e:
+        check_budget(tight, 3000)
+    for advice in ("batch_size", "grad_accum"):
+        n = int(str(e.value).split(f"{advice}=")[1].split()[0])
+        assert check_budget(replace(tight, hyperparams=replace(tight.hyperparams, **{advice: n})), 3000)["method"] == "simulated"
+
+
+@pytest.mark.parametrize("attention", ["causal", "sparse", "sparsek"])
+def test_inference(attention):
+    cfg = load_config(overrides=[*bench.SHAPE, f"model_configs.gpt.attention_layer={attention}"])
+    one, four = (inference_memory(cfg, 3000, texts) for texts in (1, 4))
+    assert one["parameters"] == four["parameters"] and four["cache"] == pytest.approx(4 * one["cache"], rel=0.01)
