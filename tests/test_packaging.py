@@ -114,3 +114,56 @@ def test_what_runs_here_is_what_constraints_say():
     differ = {n: (found[n], v) for n, v in constraints().items() if found.get(n, v) != v}
     if differ:
         pytest.skip(f"other versions here than in constraints.txt: {differ}")
+
+
+# --- make, on a machine that has nothing yet ---
+
+
+@pytest.fixture
+def bare(tmp_path) -> Path:
+    """A checkout without .venv, and a folder of pretended interpreters that comes first on the path."""
+    for name in ("Makefile", "settings.ini", "setup.py", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    (tmp_path / "bin").mkdir()
+    return tmp_path
+
+
+def make(bare: Path, *args: str, pythons: dict[str, int] | None = None) -> subprocess.CompletedProcess:
+    """make with interpreters that exit with the given codes when they are asked for their version."""
+    for name, code in (pythons or {}).items():
+        (bare / "bin" / name).write_text(f"#!/bin/sh\nexit {code}\n")
+        (bare / "bin" / name).chmod(0o755)
+    env = {**os.environ, "PATH": f"{bare / 'bin'}:{os.environ['PATH']}"}
+    return subprocess.run(["make", "--just-print", *args], cwd=bare, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("target", ["quickstart", "test", "lab", "bench"])
+def test_make_installs_what_its_target_needs(bare, target):
+    said = make(bare, target).stdout
+    assert "-m venv .venv" in said and "install --quiet --disable-pip-version-check -c constraints.txt -e .\n" in said
+    assert ("'.[all]'" in said) == (target != "quickstart")
+
+
+def test_make_does_not_install_twice_and_installs_again_after_a_change(bare):
+    (bare / ".venv/bin").mkdir(parents=True)
+    for name in ("bin/python", ".runtime", ".dev"):
+        (bare / ".venv" / name).touch()
+    assert "install" not in make(bare, "quickstart").stdout
+    os.utime(bare / "constraints.txt", (2e9, 2e9))
+    assert "install" in make(bare, "quickstart").stdout
+
+
+@pytest.mark.parametrize(
+    ("pythons", "chosen"),
+    [
+        ({"python3": 0, "python3.13": 0}, "python3"),
+        ({"python3": 1, "python3.13": 127, "python3.12": 0, "python3.11": 0}, "python3.12"),
+    ],
+)
+def test_make_takes_the_first_python_that_works(bare, pythons, chosen):
+    assert f"\n{chosen} -m venv .venv" in "\n" + make(bare, "quickstart", pythons=pythons).stdout
+
+
+def test_make_says_when_there_is_no_python(bare):
+    done = subprocess.run(["make", "quickstart", "PYTHON="], cwd=bare, capture_output=True, text=True)
+    assert done.returncode == 2 and "No Python 3.11 or newer found" in done.stderr and not (bare / ".venv").exists()
