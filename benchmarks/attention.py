@@ -29,6 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from mainrun_nb.attention import attend_plain
 from mainrun_nb.config import SparseAttnConfig
+from mainrun_nb.sparse_attention import attend_sparse, sparse_bias
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -88,11 +89,9 @@ def sparse(name: str, **settings) -> None:
 
     @variant(name)
     def build(shape: Shape) -> Case:
-        from mainrun_nb.sparse_attention import attend_sparse, sparse_mask
-
         cfg = SparseAttnConfig(n_head=shape.H, local_attn_ctx=shape.block, sparseblocksize=shape.block, **settings)
-        mask = sparse_mask(cfg, shape.T).to(shape.device)  # built once per layer, as the layer does
-        return Case(lambda q, k, v: attend_sparse(q, k, v, cfg, mask=mask), shape.qkv())
+        bias = sparse_bias(cfg, shape.T, shape.device)  # built once per layer, as the layer does
+        return Case(lambda q, k, v: attend_sparse(q, k, v, cfg, bias=bias), shape.qkv())
 
 
 sparse("local", attn_type="local")

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PATTERNS', 'EVERY', 'SHORT', 'sees', 'plan_heads', 'sparse_mask', 'broken_rules', 'check_sparse', 'count_pairs',
-           'attend_masked', 'Piece', 'cut', 'columns', 'window_pieces', 'block_pieces', 'column_pieces', 'summary_of',
-           'summary_pieces', 'block_sparse_pieces', 'attend_blocks', 'dense_pieces', 'attend_sparse', 'SparseAttention']
+           'attend_masked', 'Piece', 'cut', 'columns', 'tiles_before', 'window_pieces', 'block_pieces', 'column_pieces',
+           'summary_of', 'staircase', 'summary_pieces', 'block_sparse_pieces', 'attend_blocks', 'sparse_bias',
+           'dense_pieces', 'blocks_pay', 'attend_sparse', 'SparseAttention']
 
 # %% ../nbs/06_sparse_attention.ipynb #7cd80e69
 from collections.abc import Callable
@@ -25,7 +26,7 @@ def sees(
     kind: str,  # all, local, column, block or summary
     i: Tensor,  # positions of the queries
     j: Tensor,  # positions of the keys, broadcasting against them
-    l: int,  # noqa: E741  window, stride or block, in tokens
+    span: int,  # l: window, stride or block, in tokens
     c: int = 1,  # summary columns per block, in tokens
     vert: int = 0,  # which set of summary columns, counted from the end of the block
 ) -> Tensor:  # bool
@@ -33,12 +34,12 @@ def sees(
     if kind == "all":
         return j <= i
     if kind == "local":
-        return (j <= i) & (i - j < l)
+        return (j <= i) & (i - j < span)
     if kind == "column":
-        return (j <= i) & ((i - j) % l == 0)
+        return (j <= i) & ((i - j) % span == 0)
     if kind == "block":
-        return (j <= i) & (i // l == j // l)
-    return (i == j) | ((j // l < i // l) & ((l - 1 - j % l) // c == vert))
+        return (j <= i) & (i // span == j // span)
+    return (i == j) | ((j // span < i // span) & ((span - 1 - j % span) // c == vert))
 
 # %% ../nbs/06_sparse_attention.ipynb #e79753cd
 PATTERNS = {"all": ["all"], "local": ["local"], "strided": ["local", "column"], "fixed": ["block", "summary"]}
@@ -70,18 +71,18 @@ def sparse_mask(
 # %% ../nbs/06_sparse_attention.ipynb #058c8450
 def broken_rules(cfg: SparseAttnConfig, context: int) -> dict[str, bool]:
     "Every rule that the settings of sparse attention must keep, in words, with whether it is broken."
-    l, s, c, n, far = cfg.local_attn_ctx, cfg.sparseblocksize, cfg.vertsize, cfg.num_verts, cfg.attn_type in ("strided", "fixed")  # noqa: E741
-    fixed, heads, tiles = cfg.attn_type == "fixed", cfg.n_head if cfg.merged else cfg.n_head // 2, -(-context // s)
-    sparse = cfg.attn_type != "all"
+    span, tile, c, n = cfg.local_attn_ctx, cfg.sparseblocksize, cfg.vertsize, cfg.num_verts
+    sparse, fixed, two = cfg.attn_type != "all", cfg.attn_type == "fixed", cfg.attn_type in ("strided", "fixed")
+    heads, tiles = cfg.n_head if cfg.merged else cfg.n_head // 2, -(-context // tile)
     return {
-        f"merged: attn_type '{cfg.attn_type}' is one pattern and has nothing to merge": cfg.merged and not far,
-        f"n_head: separate heads alternate between two patterns, {cfg.n_head} is odd": far and not cfg.merged and cfg.n_head % 2 > 0,
-        f"local_attn_ctx: {l} is more than the context of {context} tokens": sparse and l > context,
-        f"sparseblocksize: tiles of {s} do not divide local_attn_ctx {l}": sparse and l % s > 0,
-        f"vertsize: {c} summary columns do not fit into a block of local_attn_ctx {l}": fixed and c > l,
-        f"num_verts: {n} sets of vertsize {c} are {n * c} columns, more than local_attn_ctx {l}": fixed and n * c > l,
+        f"merged: attn_type '{cfg.attn_type}' is one pattern and has nothing to merge": cfg.merged and not two,
+        f"n_head: separate heads alternate between two patterns, {cfg.n_head} is odd": two and not cfg.merged and cfg.n_head % 2 > 0,
+        f"local_attn_ctx: {span} is more than the context of {context} tokens": sparse and span > context,
+        f"sparseblocksize: tiles of {tile} do not divide local_attn_ctx {span}": sparse and span % tile > 0,
+        f"vertsize: {c} summary columns do not fit into a block of local_attn_ctx {span}": fixed and c > span,
+        f"num_verts: {n} sets of vertsize {c} are {n * c} columns, more than local_attn_ctx {span}": fixed and n * c > span,
         f"num_verts: {n} sets cannot be dealt to the {heads} heads that attend to summaries": fixed and n > heads,
-        f"n_bctx: a context of {context} has {tiles} tiles of sparseblocksize {s}, not {cfg.n_bctx}": cfg.n_bctx not in (None, tiles),
+        f"n_bctx: a context of {context} has {tiles} tiles of sparseblocksize {tile}, not {cfg.n_bctx}": cfg.n_bctx not in (None, tiles),
     }
 
 
@@ -100,8 +101,9 @@ def count_pairs(
     T: int,  # tokens
 ) -> float:
     "Query-key pairs that a head attends to, the mean over the heads."
-    i, l = torch.arange(T), cfg.local_attn_ctx  # noqa: E741
-    keys = {"all": i + 1, "local": (i + 1).clamp(max=l), "column": i // l + 1, "block": i % l + 1, "summary": i // l * cfg.vertsize + 1}
+    i, span = torch.arange(T), cfg.local_attn_ctx
+    keys = {"all": i + 1, "local": (i + 1).clamp(max=span), "column": i // span + 1, "block": i % span + 1,
+            "summary": i // span * cfg.vertsize + 1}
     heads = [sum(int(keys[kind].sum()) for kind in kinds) - T * (len(kinds) - 1) for kinds, _ in plan_heads(cfg)]
     return sum(heads) / cfg.n_head
 
@@ -139,75 +141,83 @@ def cut(x: Tensor, *sizes: int) -> Tensor:
     return x.unflatten(2, sizes).movedim(1, -3)
 
 
-def columns(x: Tensor, l: int) -> Tensor:  # noqa: E741
-    "The tokens that are whole strides apart, together: (B, H, T, D) to (B, l, H, T / l, D)."
-    return x.unflatten(2, (-1, l)).permute(0, 3, 1, 2, 4)
+def columns(x: Tensor, span: int) -> Tensor:
+    "The tokens that are whole strides apart, together: (B, H, T, D) to (B, span, H, T / span, D)."
+    return x.unflatten(2, (-1, span)).permute(0, 3, 1, 2, 4)
 
 # %% ../nbs/06_sparse_attention.ipynb #3a75583e
 EVERY = slice(None)
 
 
-def window_pieces(heads: slice, T: int, l: int, s: int, device: Any = None) -> list[Piece]:  # noqa: E741
-    "The pieces of the pattern *local*, in tiles of `s`; `s` divides `l` and `T`."
-    n, m = T // s, l // s
-    own = Piece(heads, lambda x: cut(x, n, s), lambda x: cut(x, n, s), causal=True)
-    full = [Piece(heads, lambda x, d=d: cut(x, n, s)[:, d:], lambda x, d=d: cut(x, n, s)[:, : n - d]) for d in range(1, min(m, n))]
-    if m >= n or s == 1:
-        return [own, *full]
-    upper = torch.ones(1, s - 1, s - 1, dtype=torch.bool, device=device).triu()
-    last = Piece(heads, lambda x: cut(x, n, s)[:, m:, :, :-1], lambda x: cut(x, n, s)[:, : n - m, :, 1:], upper)
-    return [own, *full, last]
+def tiles_before(heads: slice, d: int, *sizes: int) -> Piece:
+    "Tiles, cut to `sizes`, against the tiles `d` places before them, all of each."
+    dim, n = len(sizes) - 1, sizes[-2] - d
+    return Piece(heads, lambda x: cut(x, *sizes).narrow(dim, d, n), lambda x: cut(x, *sizes).narrow(dim, 0, n))
+
+
+def window_pieces(heads: slice, T: int, span: int, tile: int, device: Any = None) -> list[Piece]:
+    "The pieces of the pattern *local*; `tile` divides `span` and `T`."
+    n, m = T // tile, span // tile
+    own = Piece(heads, lambda x: cut(x, n, tile), lambda x: cut(x, n, tile), causal=True)
+    pieces = [own] + [tiles_before(heads, d, n, tile) for d in range(1, min(m, n))]
+    if m < n and tile > 1:
+        upper = torch.ones(1, tile - 1, tile - 1, dtype=torch.bool, device=device).triu()
+        pieces.append(Piece(heads, lambda x: cut(x, n, tile)[:, m:, :, :-1], lambda x: cut(x, n, tile)[:, : n - m, :, 1:], upper))
+    return pieces
 
 # %% ../nbs/06_sparse_attention.ipynb #ed07660e
-def block_pieces(heads: slice, T: int, l: int, s: int) -> list[Piece]:  # noqa: E741
-    "The pieces of the pattern *block*, in tiles of `s`; `s` divides `l`, and `l` divides `T`."
-    n, m = T // l, l // s
-    own = Piece(heads, lambda x: cut(x, n * m, s), lambda x: cut(x, n * m, s), causal=True)
-    return [own] + [Piece(heads, lambda x, d=d: cut(x, n, m, s)[:, :, d:], lambda x, d=d: cut(x, n, m, s)[:, :, : m - d]) for d in range(1, m)]
+def block_pieces(heads: slice, T: int, span: int, tile: int) -> list[Piece]:
+    "The pieces of the pattern *block*; `tile` divides `span`, and `span` divides `T`."
+    n, m = T // span, span // tile
+    own = Piece(heads, lambda x: cut(x, n * m, tile), lambda x: cut(x, n * m, tile), causal=True)
+    return [own] + [tiles_before(heads, d, n, m, tile) for d in range(1, m)]
 
 
-def column_pieces(heads: slice, T: int, l: int, diagonal: bool) -> list[Piece]:  # noqa: E741
-    "The pieces of the pattern *column*, with or without its diagonal; `l` divides `T`."
+def column_pieces(heads: slice, T: int, span: int, diagonal: bool) -> list[Piece]:
+    "The pieces of the pattern *column*, with or without its diagonal; `span` divides `T`."
     if diagonal:
-        return [Piece(heads, lambda x: columns(x, l), lambda x: columns(x, l), causal=True)]
-    shifted = Piece(heads, lambda x: columns(x, l)[..., 1:, :], lambda x: columns(x, l)[..., :-1, :], causal=True)
-    return [shifted] if T > l else []
+        return [Piece(heads, lambda x: columns(x, span), lambda x: columns(x, span), causal=True)]
+    shifted = Piece(heads, lambda x: columns(x, span)[..., 1:, :], lambda x: columns(x, span)[..., :-1, :], causal=True)
+    return [shifted] if T > span else []
 
 # %% ../nbs/06_sparse_attention.ipynb #475c62ac
 def summary_of(x: Tensor, cfg: SparseAttnConfig) -> Tensor:  # (B, H, T, D) -> (B, H, T / l * c, D)
     "The summary columns of every block, each head's own set, in order."
-    l, c = cfg.local_attn_ctx, cfg.vertsize  # noqa: E741
-    first = torch.tensor([l - (vert + 1) * c for _, vert in plan_heads(cfg)], device=x.device)
-    x = x.unflatten(2, (-1, l))  # (B, H, blocks, l, D)
+    span, c = cfg.local_attn_ctx, cfg.vertsize
+    first = torch.tensor([span - (vert + 1) * c for _, vert in plan_heads(cfg)], device=x.device)
+    x = x.unflatten(2, (-1, span))  # (B, H, blocks, l, D)
     index = (first[:, None] + torch.arange(c, device=x.device)).view(1, -1, 1, c, 1)
     return x.gather(3, index.expand(*x.shape[:3], c, x.shape[4])).flatten(2, 3)
 
 
-def summary_pieces(heads: slice, T: int, l: int, c: int, diagonal: bool, device: Any = None) -> list[Piece]:  # noqa: E741
-    "The pieces of the pattern *summary*, with or without its diagonal; `l` divides `T`."
-    n = T // l
-    pieces = [Piece(heads, lambda x: x, lambda x: x, source="self")] if diagonal else []
-    block = torch.arange(n, device=device)
-    for start in range(0, n, -(-n // 8)):
-        lo, hi = max(start, 1), min(start + -(-n // 8), n)  # the first block has nothing before it
-        if lo < hi:
-            steps = block[lo:hi].repeat_interleave(l)[:, None] > block[: hi - 1].repeat_interleave(c)
-            rows = lambda x, lo=lo, hi=hi: x[:, None, :, lo * l : hi * l]  # noqa: E731
-            pieces.append(Piece(heads, rows, lambda x, hi=hi: x[:, None, :, : (hi - 1) * c], steps[None], source="summary"))
-    return pieces
+def staircase(heads: slice, lo: int, hi: int, span: int, c: int, device: Any) -> Piece:
+    "The queries of the blocks from `lo` up to `hi` against the summary columns of the blocks before their own."
+    keys = torch.arange(hi - 1, device=device).repeat_interleave(c)
+    steps = torch.arange(lo, hi, device=device).repeat_interleave(span)[:, None] > keys
+    rows, cols = slice(lo * span, hi * span), slice(0, (hi - 1) * c)
+    return Piece(heads, lambda x: x[:, None, :, rows], lambda x: x[:, None, :, cols], steps[None], source="summary")
+
+
+def summary_pieces(heads: slice, T: int, span: int, c: int, diagonal: bool, device: Any = None) -> list[Piece]:
+    "The pieces of the pattern *summary*, with or without its diagonal; `span` divides `T`."
+    n = T // span
+    step = -(-n // 8)
+    segments = [(max(lo, 1), min(lo + step, n)) for lo in range(0, n, step)]  # the first block has nothing before it
+    own = [Piece(heads, lambda x: x, lambda x: x, source="self")] if diagonal else []
+    return own + [staircase(heads, lo, hi, span, c, device) for lo, hi in segments if lo < hi]
 
 # %% ../nbs/06_sparse_attention.ipynb #90734574
 def block_sparse_pieces(cfg: SparseAttnConfig, T: int, device: Any = None) -> list[Piece]:
     "The pieces that make up `cfg`'s pattern over `T` tokens, a multiple of local_attn_ctx (of the tile for 'local')."
-    l, s, c = cfg.local_attn_ctx, cfg.sparseblocksize, cfg.vertsize  # noqa: E741
+    span, tile, c = cfg.local_attn_ctx, cfg.sparseblocksize, cfg.vertsize
     near, far = (EVERY, EVERY) if cfg.merged else (slice(0, None, 2), slice(1, None, 2))
     if cfg.attn_type == "all":
         return [Piece(EVERY, lambda x: x, lambda x: x, causal=True)]
     if cfg.attn_type == "local":
-        return window_pieces(EVERY, T, l, s, device)
+        return window_pieces(EVERY, T, span, tile, device)
     if cfg.attn_type == "strided":
-        return window_pieces(near, T, l, s, device) + column_pieces(far, T, l, not cfg.merged)
-    return block_pieces(near, T, l, s) + summary_pieces(far, T, l, c, not cfg.merged, device)
+        return window_pieces(near, T, span, tile, device) + column_pieces(far, T, span, not cfg.merged)
+    return block_pieces(near, T, span, tile) + summary_pieces(far, T, span, c, not cfg.merged, device)
 
 # %% ../nbs/06_sparse_attention.ipynb #8dc617ff
 def _scores(q: Tensor, k: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
@@ -263,12 +273,14 @@ def _self_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, e: Ten
     return ds * k, ds * q, p * m * g
 
 
-def _engine(piece: Piece, q: Tensor, dropout: float) -> tuple[Callable, Callable]:
-    "The forward and backward functions for a piece."
+def _engine(piece: Piece, q: Tensor, keys: int, dropout: float) -> tuple[Callable, Callable]:
+    "The forward and backward functions for a piece with `keys` keys in a tile."
     if piece.source == "self":
         return _self_forward, _self_backward
-    flash = q.device.type == "cpu" and dropout == 0 and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
-    return (_flash_forward, _flash_backward) if flash else (_plain_forward, _plain_backward)
+    there = q.device.type == "cpu" and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
+    if there and dropout == 0 and (q.element_size() > 2 or keys > 128):
+        return _flash_forward, _flash_backward
+    return _plain_forward, _plain_backward
 
 # %% ../nbs/06_sparse_attention.ipynb #76e447d6
 def _bias(piece: Piece, q: Tensor, titles: Tensor | None, summary_titles: Tensor | None) -> Tensor | None:
@@ -302,7 +314,8 @@ def _forward(pieces: list[Piece], q: Tensor, stores: dict, titles: tuple, dropou
         shape = (*qs.shape[:-1], 1 if piece.source == "self" else ks.shape[-2])
         keeps.append((torch.rand(shape, device=q.device) >= dropout).flatten(0, -4) / (1 - dropout) if dropout else None)
         tiles = [x.flatten(0, -4) for x in (qs, ks, vs)]
-        o_p, e_p = (x.unflatten(0, qs.shape[:-3]) for x in _engine(piece, q, dropout)[0](*tiles, _bias(piece, q, *titles), piece.causal, keeps[-1]))
+        run, _ = _engine(piece, q, ks.shape[-2], dropout)
+        o_p, e_p = (x.unflatten(0, qs.shape[:-3]) for x in run(*tiles, _bias(piece, q, *titles), piece.causal, keeps[-1]))
         o, m = _look(piece, "rows", out, e)
         if str(piece.heads) in begun:
             both = torch.logaddexp(m, e_p)
@@ -318,17 +331,19 @@ def _forward(pieces: list[Piece], q: Tensor, stores: dict, titles: tuple, dropou
 def _backward(pieces: list[Piece], g: Tensor, q: Tensor, out: Tensor, e: Tensor, stores: dict, grads: dict, titles: tuple,
               dropout: float, keeps: list) -> None:
     "Add every piece's gradients to `grads`, which holds one (dk, dv) per source and dq."
+    begun: set[str] = set()
     for piece, keep in zip(pieces, keeps, strict=True):
         rows = _look(piece, "rows", g, q, out, e)
         cols = _look(piece, "cols", *stores[piece.source])
         gs, qs, os, es = (x.flatten(0, -4) for x in rows)
         ks, vs = (x.flatten(0, -4) for x in cols)
-        found = _engine(piece, q, dropout)[1](gs, qs, ks, vs, os, es, _bias(piece, q, *titles), piece.causal, keep)
+        found = _engine(piece, q, ks.shape[-2], dropout)[1](gs, qs, ks, vs, os, es, _bias(piece, q, *titles), piece.causal, keep)
         targets = _look(piece, "rows", grads["q"]) + _look(piece, "cols", *grads[piece.source])
         for target, grad, like in zip(targets, found, (rows[0], *cols), strict=True):
-            target.add_(grad.unflatten(0, like.shape[:-3]))
+            (target.add_ if str(piece.heads) in begun else target.copy_)(grad.unflatten(0, like.shape[:-3]))
+        begun.add(str(piece.heads))
 
-
+# %% ../nbs/06_sparse_attention.ipynb #f6d06f83
 class _Attend(torch.autograd.Function):
     "Attention over a list of pieces; gradients for q, k, v and the summary columns of k and v."
 
@@ -344,7 +359,7 @@ class _Attend(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
         out, e, q, *kv = ctx.saved_tensors
-        total = [torch.zeros_like(x, dtype=e.dtype, memory_format=torch.contiguous_format) for x in (q, *kv)]
+        total = [x.new_empty(x.shape, dtype=e.dtype) for x in (q, *kv[:2])] + [x.new_zeros(x.shape, dtype=e.dtype) for x in kv[2:]]
         stores = {"text": kv[:2], "self": kv[:2], "summary": kv[2:]}
         grads: dict[str, Any] = {"q": total[0], "text": total[1:3], "self": total[1:3], "summary": total[3:]}
         g = g.contiguous() if g.stride(-1) != 1 else g
@@ -373,23 +388,34 @@ def attend_blocks(
     pieces = block_sparse_pieces(cfg, T + pad, q.device)
     return _Attend.apply(pieces, (numbers, summary), dropout, q, *kv)[:, :, :T]
 
-# %% ../nbs/06_sparse_attention.ipynb #69df42a1
-SHORT = 256  # tokens; up to here a dense call with a mask is faster than blocks
+# %% ../nbs/06_sparse_attention.ipynb #e92d8e0d
+SHORT = 256  # tokens; up to here one dense call with a mask may be the faster way
 
 
-def dense_pieces(cfg: SparseAttnConfig, mask: Tensor, apart: bool) -> list[Piece]:  # mask (H, T, T)
-    "The pattern as one masked piece, or as one for each set of heads that share it."
-    same: list[slice] = [EVERY]
-    if cfg.attn_type == "fixed" and cfg.merged:
-        same = [slice(n, None, cfg.num_verts) for n in range(cfg.num_verts)]
-    elif cfg.attn_type in ("strided", "fixed") and not cfg.merged:
-        sets = cfg.num_verts if cfg.attn_type == "fixed" else 1
+def sparse_bias(cfg: SparseAttnConfig, size: int, device: Any = None) -> Tensor:  # (1, H, size, size)
+    "The patterns of the first `size` positions (at most SHORT of them) as numbers to add to the scores: 0 or -inf."
+    at = torch.arange(min(size, SHORT), device=device)
+    return torch.zeros((), device=device).where(sparse_mask(cfg, at, at)[None], float("-inf"))
+
+
+def dense_pieces(cfg: SparseAttnConfig, mask: Tensor) -> list[Piece]:  # mask (H, T, T)
+    "The whole pattern as one masked piece for each set of heads that share it."
+    sets = cfg.num_verts if cfg.attn_type == "fixed" else 1
+    if cfg.merged or cfg.attn_type in ("all", "local"):
+        same = [slice(n, None, sets) for n in range(sets)]
+    else:
         same = [slice(0, None, 2)] + [slice(1 + 2 * n, None, 2 * sets) for n in range(sets)]
-    if len(same) > 1 and not apart:
-        return [Piece(EVERY, lambda x: x, lambda x: x, mask, causal=True)]
     return [Piece(heads, lambda x: x, lambda x: x, mask[heads][:1], causal=True) for heads in same]
 
+# %% ../nbs/06_sparse_attention.ipynb #3c81ef93
+def blocks_pay(cfg: SparseAttnConfig, shape: tuple[int, ...], device: str) -> bool:  # shape (B, H, T, D)
+    "Whether attention by blocks is expected to beat one dense masked call."
+    B, H, T, _ = shape
+    if T > SHORT:
+        return True
+    return device == "cpu" and B * H * T >= 8192 and T >= (4 if cfg.attn_type == "fixed" else 8) * cfg.local_attn_ctx
 
+# %% ../nbs/06_sparse_attention.ipynb #69df42a1
 def attend_sparse(
     q: Tensor,  # (B, H, T, D)
     k: Tensor,
@@ -397,27 +423,28 @@ def attend_sparse(
     cfg: SparseAttnConfig,
     titles: Tensor | None = None,  # (B, T) title numbers; None: no title mask
     dropout: float = 0.0,
-    mask: Tensor | None = None,  # (H, S, S): `sparse_mask` of the first S >= min(T, SHORT) positions, if it is at hand
+    bias: Tensor | None = None,  # (1, H, S, S): `sparse_bias` for S >= min(T, SHORT), if it is at hand
 ) -> Tensor:  # (B, H, T, D)
     "Sparse attention (Child et al. 2019) by the fastest exact way for this length."
     T = q.shape[2]
-    if T > SHORT or cfg.attn_type == "all":
+    if cfg.attn_type == "all" or blocks_pay(cfg, q.shape, q.device.type):
         return attend_blocks(q, k, v, cfg, titles, dropout)
-    at = torch.arange(T, device=q.device)
-    mask = sparse_mask(cfg, at, at) if mask is None else mask[:, :T, :T]
+    bias = (sparse_bias(cfg, T, q.device) if bias is None else bias)[:, :, :T, :T]
+    if titles is None:
+        return F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), dropout)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    numbers = None if titles is None else titles[:, None, :, None]
-    return _Attend.apply(dense_pieces(cfg, mask, titles is not None), (numbers, None), dropout, q, k, v)
+    return _Attend.apply(dense_pieces(cfg, bias[0] == 0), (titles[:, None, :, None], None), dropout, q, k, v)
 
 # %% ../nbs/06_sparse_attention.ipynb #8aff00d4
 class SparseAttention(CausalAttention):
     "Factorised attention of the Sparse Transformer (Child et al. 2019, arXiv:1904.10509): all, local, strided, fixed."
 
+    bias: Tensor
+
     def __init__(self, d_model: int, cfg: SparseAttnConfig, common: AttnCommon) -> None:
         check_sparse(cfg, common.context_length)
         super().__init__(d_model, cfg, common)
-        at = torch.arange(min(common.context_length, SHORT))
-        self.register_buffer("mask", sparse_mask(cfg, at, at), persistent=False)
+        self.register_buffer("bias", sparse_bias(cfg, common.context_length), persistent=False)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, info: TokenInfo, cache: Any, x: Tensor) -> Tensor:
         if self.cfg.attn_type == "all":
@@ -426,13 +453,13 @@ class SparseAttention(CausalAttention):
             k, v, titles = cache.append(k, v, info.titles)
             if cache.length > q.shape[2]:
                 return self.continue_text(q, k, v, info, titles)
-        return attend_sparse(q, k, v, self.cfg, info.titles, self.drop, self.mask)
+        return attend_sparse(q, k, v, self.cfg, info.titles, self.drop, self.bias)
 
     def continue_text(self, q: Tensor, k: Tensor, v: Tensor, info: TokenInfo, titles: Tensor | None) -> Tensor:
         "Attention of new tokens to everything cached, themselves included: their rows of the mask."
         k_pos = torch.arange(k.shape[2], device=q.device)
-        if len(k_pos) <= self.mask.shape[1]:
-            mask = self.mask[:, info.positions, : len(k_pos)][None]  # (1, H, Tq, Tk)
+        if len(k_pos) <= self.bias.shape[2]:
+            mask = self.bias[:, :, info.positions, : len(k_pos)] == 0  # (1, H, Tq, Tk)
         else:
             mask = sparse_mask(self.cfg, info.positions, k_pos)[None]
         if titles is not None:
