@@ -45,12 +45,13 @@ def _rms(x: Tensor) -> Tensor:
 
 def _second_moment(g: Tensor, state: dict[str, Tensor], fade: Tensor, eps: float) -> Tensor:
     "Adafactor's estimate of the mean squared gradient, shaped like `g`; `state` is brought up to date."
-    if g.ndim < 2:
-        state.setdefault("variance", torch.zeros_like(g)).lerp_(g * g, fade)
-        return state["variance"].clone()
-    for name, dim in ("row", -1), ("col", -2):
-        mean = torch.linalg.vector_norm(g, dim=dim, keepdim=True).square_() / g.shape[dim]
+    square = g.square()
+    means = {"row": square.mean(-1, keepdim=True), "col": square.mean(-2, keepdim=True)} if g.ndim > 1 else {"variance": square}
+    for name, mean in means.items():
         state.setdefault(name, torch.zeros_like(mean)).lerp_(mean, fade)
+    if g.ndim < 2:
+        return state["variance"].clone()
+    del square  # as large as the gradient, and so is what follows
     return (state["row"] @ state["col"]).div_(state["row"].mean(-2, keepdim=True).clamp(min=eps))
 
 # %% ../nbs/11_optim.ipynb #13b1368c
