@@ -232,8 +232,7 @@ def load_run(
         raise InputError(f"{run_dir}: the run has no checkpoint yet")
     model = build_model(cfg, tokenizer.vocab_size)
     try:
-        average = (found.state.get("ema") or {}).get("average", {})
-        model.load_state_dict({**found.weights, **average})
+        model.load_state_dict({**found.weights, **(found.state.get("ema") or {})})
     except RuntimeError as e:
         raise InputError(f"{found.path}: does not fit the model of config.yaml ({str(e).splitlines()[-1].strip()})") from None
     return cfg, model.eval(), tokenizer

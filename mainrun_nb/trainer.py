@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['FREE', 'PEAKS', 'NUMBERS', 'RunData', 'prepare_data', 'Plan', 'make_plan', 'pick_device', 'device_info',
            'differences', 'check_folder', 'git_commit', 'peak_memory', 'versions', 'matrix_rate', 'known_peak',
-           'speed_report', 'RunResult', 'Interrupted', 'noted_signals', 'Processes', 'explained', 'joined',
-           'TrainState', 'my_rows', 'make_state', 'Taken', 'read_steps', 'final_weights', 'evaluate_state', 'take_step',
-           'Run', 'log_step', 'evaluate_now', 'save_now', 'train_loop', 'save_curves', 'result_of', 'finish',
-           'announce', 'before_training', 'claim', 'begin', 'train']
+           'speed_report', 'RunResult', 'Interrupted', 'noted_signals', 'Processes', 'used_memory', 'explained',
+           'joined', 'TrainState', 'my_rows', 'make_state', 'Taken', 'read_steps', 'final_weights', 'evaluate_state',
+           'take_step', 'Run', 'log_step', 'evaluate_now', 'save_now', 'train_loop', 'save_curves', 'result_of',
+           'finish', 'announce', 'before_training', 'claim', 'begin', 'train']
 
 # %% ../nbs/17_trainer.ipynb #09be5496
 import io
@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -41,6 +41,7 @@ from .config import Config, Hyperparams, InputError, RunError, flatten, load_con
 from .data import fingerprint, get_batch, joined_chars, load_titles, ngram_losses, split_titles, steps_per_epoch, token_stream
 from .evaluate import validation_metrics
 from .generate import write_titles
+from .memory import check_budget
 from .models import build_model, count_parameters
 from .optim import EMA, StepResult, build_optimizer, check_precision, lr_factor, make_scaler, set_lr, train_step, whole_state
 from .tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -298,18 +299,27 @@ class Processes:
         return values
 
 # %% ../nbs/17_trainer.ipynb #6452e290
-def explained(error: BaseException, run_dir: Path, count: int) -> RunError | None:
+def used_memory(run_dir: Path, device: torch.device) -> str:
+    "What chapter 12 predicted for the run, beside what it has used."
+    with suppress(OSError, RunError):
+        events = [e for e in read_events(run_dir) if e["event"] == "memory_estimate"]
+        return f"{events[-1]['predicted_bytes'] / 1e9:.2f} GB predicted, {peak_memory(device) / 1e9:.2f} GB used at most" if events else ""
+    return "before the first step"
+
+
+def explained(error: BaseException, run_dir: Path, device: torch.device, count: int = 1) -> RunError | None:
     "What the user should read instead of this error, if it is one of those that machines make."
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in first:
-        return RunError(f"{run_dir}: out of memory ({first}); hyperparams.grad_accum cuts the batch into smaller parts")
+        memory = f"{used_memory(run_dir, device)}: {first}"
+        return RunError(f"{run_dir}: out of memory ({memory}); hyperparams.grad_accum cuts the batch into smaller parts")
     if isinstance(error, OSError) and error.strerror:
         return RunError(f"{error.filename or run_dir}: {error.strerror}; the last checkpoint is kept")
     if count > 1 and isinstance(error, RuntimeError) and any(w in str(error) for w in ("gloo", "NCCL", "peer", "onnection", "imed out")):
         return RunError(f"{run_dir}: a process of this job is gone; the last checkpoint is kept, --resume goes on from there")
     return None
 
-
+# %% ../nbs/17_trainer.ipynb #2d11cc56
 @contextmanager
 def joined(device: torch.device, run_dir: Path) -> Iterator[Processes]:
     "Join the job that torchrun started, or be alone; errors of the machine become a `RunError`, said once."
@@ -320,7 +330,7 @@ def joined(device: torch.device, run_dir: Path) -> Iterator[Processes]:
     try:
         yield procs
     except Exception as e:
-        told = explained(e, run_dir, count)
+        told = explained(e, run_dir, device, count)
         if procs.rank and isinstance(e, InputError | RunError):
             raise SystemExit(2 if isinstance(e, InputError) else 1) from None  # the first process says it
         raise (told or e) from (None if told else e.__cause__)
@@ -466,7 +476,7 @@ class Run:
         self.hp, self.model = self.cfg.hyperparams, self.state.model
         self.rows, self.train_ids = my_rows(self.hp, self.procs), self.data.train_ids.to(self.device)
         if self.procs.count > 1:
-            self.model = DistributedDataParallel(self.model, broadcast_buffers=False)
+            self.model = DistributedDataParallel(self.model)
 
     def advance(self) -> None:
         "Take a step; its results stay on the device."
@@ -564,13 +574,17 @@ def finish(run: Run) -> dict[str, Any]:
     return result
 
 # %% ../nbs/17_trainer.ipynb #81efe621
-def announce(run: Run) -> None:
+def announce(
+    run: Run,
+    memory: dict[str, Any],  # what chapter 12 predicted
+) -> None:
     "The events that open a log."
     hp, model = run.hp, run.state.model
     run.tracker.log("hyperparameters_configured", **flatten(run.cfg))
     run.tracker.log("device_info", **device_info(run.device, run.procs.count))
     run.tracker.log("dataset_info", **run.data.info)
     run.tracker.log("model_configured", architecture=hp.model_architecture, **asdict(getattr(run.cfg.model_configs, hp.model_architecture)))
+    run.tracker.log("memory_estimate", **memory)
     run.tracker.log("model_info", parameters=count_parameters(model), max_steps=run.plan.max_steps, eval_every=run.plan.eval_every)
 
 
@@ -600,10 +614,10 @@ def claim(held: ExitStack, run_dir: Path, cfg: Config, resume: bool, data: RunDa
     return found
 
 
-def begin(run: Run, found: Checkpoint | None) -> None:
+def begin(run: Run, found: Checkpoint | None, memory: dict[str, Any]) -> None:
     "Go back to the checkpoint if there is one, and say how the run starts."
     if found is None:
-        return announce(run)
+        return announce(run, memory)
     run.state.load(found.weights, found.state, run.procs)
     run.metrics = found.metrics
     run.tracker.log("run_resumed", step=found.step, **device_info(run.device, run.procs.count))
@@ -627,12 +641,12 @@ def train(
         if not isinstance(data, RunData):
             return RunResult(run_dir, data)
         plan = make_plan(cfg.hyperparams, len(data.train_ids), device.type)
-        # Chapter 12's check_budget(cfg, data.tokenizer.vocab_size, device) belongs here: before anything is allocated.
+        memory = procs.share(lambda: check_budget(cfg, data.tokenizer.vocab_size, device.type))  # before anything is allocated
         state = make_state(cfg, data.tokenizer.vocab_size, device, procs)
         found = procs.share(lambda: claim(held, run_dir, cfg, resume, data))
         tracker = Tracker(None if procs.rank else run_dir, cfg, found.step if found else None, on_event)
         held.push(lambda kind, error, trace: tracker.close(0 if error is None else 1))
         run = Run(cfg, run_dir, data, state, plan, procs, device, tracker)
-        begin(run, found)
+        begin(run, found, memory)
         train_loop(run, progress)
         return RunResult(run_dir, procs.share(lambda: finish(run)))

@@ -1,0 +1,485 @@
+"""The training loop under everything that happens to one: kills, signals, full disks, bad numbers, several processes."""
+import functools
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import mainrun_nb.trainer as trainer
+from mainrun_nb.checkpoint import list_checkpoints, load_checkpoint, load_run
+from mainrun_nb.config import Hyperparams, InputError, RunError, load_config
+from mainrun_nb.optim import StepResult
+from mainrun_nb.tracking import read_events
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = [
+    "data.source=synthetic", "tokenizer.kind=bpe", "attn_configs.causal.n_head=2",
+    *(f"hyperparams.{s}" for s in ["num_titles=1000", "vocab_size=400", "epochs=9", "context_length=32", "batch_size=16", "max_steps=40",
+                                   "device=cpu", "optimizer=adamw", "lr=0.003", "evals_per_epoch=3", "save_every=2", "scheduler=wsd"]),
+    *(f"model_configs.gpt.{s}" for s in ["d_model=32", "hidden_layer=32", "n_layer=2"])]
+TIMES = {"timestamp", "seconds", "tokens_per_second", "memory_bytes", "train_seconds", "peak_memory_bytes", "step_seconds",
+         "flops_per_second", "matrix_flops_per_second", "matrix_fraction"}
+# Processes that can be killed: forked from a server that has imported everything and computed nothing, so that each is there at once.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["torch", "torch._dynamo", "matplotlib.figure", "nbdev.test", "mainrun_nb.trainer", "mainrun_nb.cli"])
+
+
+def tiny(*more):
+    return load_config(overrides=[*TINY, *more])
+
+
+def quick(cfg, run_dir, **kwargs):
+    return trainer.train(cfg, run_dir, progress=False, **kwargs)
+
+
+def timeless(events):
+    """The events of a log as everything but the clock sees them."""
+    kept = [e for e in events if e["event"] in ("training_step", "validation_step", "run_finished")]
+    return [{k: v for k, v in e.items() if k not in TIMES} for e in kept]
+
+
+def assert_same_run(a, b):
+    """Bit for bit: last weights and state, titles, metrics, log."""
+    one, two = load_checkpoint(a), load_checkpoint(b)
+    assert one.step == two.step and one.metrics == two.metrics
+    assert all(torch.equal(one.weights[k], two.weights[k]) for k in one.weights)
+    assert one.state["ptr"] == two.state["ptr"] and torch.equal(one.state["rng"][0]["cpu"], two.state["rng"][0]["cpu"])
+    assert all(torch.equal(one.state["ema"][k], two.state["ema"][k]) for k in one.state["ema"] or {})
+    assert (a / "samples.txt").read_text() == (b / "samples.txt").read_text()
+    assert timeless(read_events(a)) == timeless(read_events(b))
+    first, second = (json.loads((d / "result.json").read_text()) for d in (a, b))
+    assert {k: v for k, v in first.items() if k not in TIMES} == {k: v for k, v in second.items() if k not in TIMES}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that nothing happened to."""
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    quick(tiny(), run_dir)
+    return run_dir
+
+
+# --- in another process ---
+
+
+def in_child(overrides, run_dir, on_event=None, env=()):
+    """The body of a child: one thread, `train`, and an exit code as the command would give."""
+    from mainrun_nb.cli import console
+
+    os.environ.update(env)
+    sys.stderr = open(f"{run_dir}.err", "a", buffering=1)
+    torch.set_num_threads(1)
+
+    def body_cli():
+        quick(tiny(*overrides), run_dir, resume=True, on_event=on_event)
+
+    console(body_cli)()
+
+
+def start(overrides, run_dir, on_event=None, env=()):
+    child = PROCESSES.Process(target=in_child, args=(overrides, run_dir, on_event, dict(env)))
+    child.start()
+    return child
+
+
+def said(run_dir):
+    """The lines that the command's wrapper said in the children that trained in a folder."""
+    return [line for line in Path(f"{run_dir}.err").read_text().splitlines() if line.startswith("mainrun-")]
+
+
+def ended(child, seconds=120):
+    child.join(seconds)
+    assert child.exitcode is not None, "the process hangs"
+    return child.exitcode
+
+
+def kill_at(event, kind, step):
+    if event["event"] == kind and event["step"] == step:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.0005)
+
+
+def steps_logged(run_dir):
+    log = run_dir / "metrics.jsonl"
+    return log.read_text().count('"training_step"') if log.exists() else 0
+
+
+# --- kills ---
+
+
+def test_killed_again_and_again_it_ends_with_the_same_bits(tmp_path):
+    options = ["hyperparams.ema=0.9", "hyperparams.grad_accum=2", "hyperparams.optimizer=muon", "hyperparams.save_every=1"]
+    quick(tiny(*options), tmp_path / "whole")
+    run_dir, chance, debris = tmp_path / "cut", random.Random(0), 0
+    for attempt in range(7):
+        child = start(options, run_dir)
+        if attempt % 2:  # in the middle of a save
+            seen = steps_logged(run_dir)
+            wait_for(lambda seen=seen, child=child: steps_logged(run_dir) > min(seen, 38) or not child.is_alive())
+            wait_for(lambda child=child: list(run_dir.glob("checkpoints/.step-*.tmp")) or not child.is_alive())
+        else:  # at any moment at all, the start included
+            wait_for(lambda child=child: (run_dir / "metrics.jsonl").exists() or not child.is_alive())
+            time.sleep(chance.uniform(0, 0.3))
+        child.kill()
+        ended(child)
+        debris += len(list(run_dir.glob("checkpoints/.step-*.tmp")))
+    assert debris, "no kill fell into a save"
+    assert ended(start(options, run_dir)) == 0
+    assert_same_run(tmp_path / "whole", run_dir)
+    assert not list(run_dir.glob("**/.*.tmp"))
+
+
+@pytest.mark.parametrize("kind, step", [("validation_step", 13), ("run_finished", 40)])
+def test_killed_between_the_acts(finished, tmp_path, kind, step):
+    assert ended(start([], tmp_path, functools.partial(kill_at, kind=kind, step=step))) == -signal.SIGKILL
+    assert not (tmp_path / "result.json").exists()
+    quick(tiny(), tmp_path, resume=True)
+    assert_same_run(finished, tmp_path)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_leaves_with_its_code(finished, tmp_path, signum):
+    child = start(["hyperparams.save_every=1000"], tmp_path)
+    wait_for(lambda: steps_logged(tmp_path) >= 5)
+    os.kill(child.pid, signum)
+    assert ended(child) == 128 + signum
+    stopped = load_checkpoint(tmp_path).step
+    assert 5 <= stopped < 40 and stopped == steps_logged(tmp_path)
+    quick(tiny("hyperparams.save_every=1000"), tmp_path, resume=True)
+    assert json.loads((tmp_path / "result.json").read_text())["val/loss"] == json.loads((finished / "result.json").read_text())["val/loss"]
+
+
+def sleep_at(event, step):
+    if event.get("step") == step:
+        time.sleep(60)
+
+
+def test_a_second_process_is_refused_and_a_second_signal_means_now(tmp_path):
+    child = start([], tmp_path, functools.partial(sleep_at, step=7))
+    wait_for(lambda: steps_logged(tmp_path) == 7)
+    with pytest.raises(InputError, match="another process is training"):
+        quick(tiny(), tmp_path, resume=True)
+    for _ in range(2):
+        os.kill(child.pid, signal.SIGTERM)
+        time.sleep(0.2)
+    assert ended(child, 20) == 143
+    assert load_checkpoint(tmp_path).step == 6
+
+
+def test_a_damaged_checkpoint_costs_steps_and_not_the_run(finished, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    (run_dir / "result.json").unlink()
+    victim = list_checkpoints(run_dir)[-1] / "state.pt"
+    victim.write_bytes(victim.read_bytes()[:-10])
+    with pytest.warns(UserWarning, match="damaged"):
+        quick(tiny(), run_dir, resume=True)
+    assert_same_run(finished, run_dir)
+
+
+# --- disks ---
+
+
+def limit_files(event, step, size):
+    """From `step` on, no file of this process may grow beyond `size` bytes, or beyond the log's present size if that is 0."""
+    if event["event"] == "training_step" and event["step"] == step:
+        log = next(Path(f"/proc/self/fd/{fd}").resolve() for fd in os.listdir("/proc/self/fd")
+                   if os.path.realpath(f"/proc/self/fd/{fd}").endswith("metrics.jsonl"))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size or log.stat().st_size + 40, resource.RLIM_INFINITY))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds its open files in /proc")
+@pytest.mark.parametrize("size, named", [(60_000, "step-00000012"), (0, "metrics.jsonl")])
+def test_a_full_disk_stops_the_run_and_a_resume_ends_the_same(finished, tmp_path, size, named):
+    run_dir = tmp_path / "run"
+    assert ended(start([], run_dir, functools.partial(limit_files, step=11, size=size))) == 1
+    assert len(said(run_dir)) == 1 and named in said(run_dir)[0] and "File too large" in said(run_dir)[0]
+    assert load_checkpoint(run_dir).step == 10
+    quick(tiny(), run_dir, resume=True)
+    assert_same_run(finished, run_dir)
+
+
+def test_a_copy_of_the_log_on_a_full_device(tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    with pytest.raises(RunError, match="/dev/full: the log cannot be written"):
+        quick(tiny("hyperparams.log_file=/dev/full"), tmp_path)
+
+
+# --- what may change on resume, and what not ---
+
+
+def test_a_resume_with_other_settings_or_other_titles_is_refused(tmp_path):
+    titles = tmp_path / "titles.txt"
+    titles.write_text("".join(f"A title about the number {i}\n" for i in range(1000)))
+    settings = [f"data.source={titles}", "hyperparams.max_steps=4"]
+    quick(tiny(*settings), tmp_path / "run", on_event=None)
+    (tmp_path / "run" / "result.json").unlink()
+    with pytest.raises(InputError, match=r"hyperparams.lr \(0.003 there, 0.1 here\), hyperparams.max_steps \(4 there, 5 here\)"):
+        quick(tiny(settings[0], "hyperparams.max_steps=5", "hyperparams.lr=0.1"), tmp_path / "run", resume=True)
+    titles.write_text(titles.read_text().replace("number 7", "digit 7"))
+    with pytest.raises(InputError, match="titles are not those"):
+        quick(tiny(*settings), tmp_path / "run", resume=True)
+    titles.write_text(titles.read_text().replace("digit 7", "number 7"))
+    quick(tiny(*settings, "hyperparams.save_every=3", f"hyperparams.log_file={tmp_path}/copy.jsonl"), tmp_path / "run", resume=True)
+    assert read_events(tmp_path / "copy.jsonl") == read_events(tmp_path / "run")
+
+
+# --- bad numbers ---
+
+
+def spoilt(monkeypatch, bad):
+    """Let the steps in `bad` find a loss that is not a number, and make no update."""
+    honest = trainer.train_step
+
+    def step(model, optimizer, x, y, hp, scaler, ema):
+        step.count += 1
+        if step.count in bad:
+            nan = torch.tensor(float("nan"))
+            return StepResult(nan, nan, torch.tensor(False))
+        return honest(model, optimizer, x, y, hp, scaler, ema)
+
+    step.count = 0
+    monkeypatch.setattr(trainer, "train_step", step)
+
+
+def test_a_bad_step_is_skipped_counted_and_never_saved(tmp_path, monkeypatch):
+    spoilt(monkeypatch, {5, 6, 20})
+    result = quick(tiny("hyperparams.max_bad_steps=3", "hyperparams.keep_checkpoints=40"), tmp_path)
+    assert result.metrics["skipped_steps"] == 3 and result.metrics["steps"] == 40
+    assert {p.name for p in list_checkpoints(tmp_path)} == {f"step-{s:08d}" for s in range(2, 41, 2) if s not in (6, 20)}
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    skipped = [e["step"] for e in read_events(tmp_path) if e["event"] == "training_step" and e["train/loss"] is None]
+    assert skipped == [5, 6, 20]
+
+
+def test_too_many_bad_steps_end_the_run_and_spare_the_last_good_checkpoint(tmp_path, monkeypatch):
+    spoilt(monkeypatch, range(13, 100))
+    with pytest.raises(RunError, match="the 5 steps up to step 17 had a loss"):
+        quick(tiny("hyperparams.max_bad_steps=5"), tmp_path)
+    assert load_checkpoint(tmp_path).step == 12
+
+
+def test_a_validation_loss_that_is_not_a_number_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "validation_metrics", lambda *args: {"val/loss": float("nan")})
+    with pytest.raises(RunError, match="validation loss after step 1 is not a finite number"):
+        quick(tiny(), tmp_path)
+
+
+# --- options ---
+
+
+def losses(run_dir):
+    return torch.tensor([e["train/loss"] for e in read_events(run_dir) if e["event"] == "training_step"])
+
+
+def short(run_dir, *options):
+    quick(tiny("hyperparams.max_steps=6", "model_configs.gpt.dropout=0.0", *options), run_dir)
+    return losses(run_dir)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return short(tmp_path_factory.mktemp("plain"))
+
+
+@pytest.mark.parametrize("option", ["checkpoint_activations=true", "grad_accum=4", "loss_chunk=0", "ema=0.5"])
+def test_options_that_do_not_change_the_losses(plain, tmp_path, option):
+    torch.testing.assert_close(short(tmp_path, f"hyperparams.{option}"), plain, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_compiled_training_loses_the_same_and_its_warm_up_is_not_timed(plain, tmp_path):
+    torch.testing.assert_close(short(tmp_path, "hyperparams.compile=true"), plain, atol=1e-4, rtol=0)
+    events = [e["seconds"] for e in read_events(tmp_path) if e["event"] == "training_step"]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert events[0] > 5 * max(events[1:]) and result["train_seconds"] == pytest.approx(sum(events[1:]))
+    assert load_run(tmp_path)[1](torch.zeros(1, 4, dtype=torch.long))[0].shape == (1, 4, 400)
+
+
+@pytest.mark.parametrize("options", [["r_drop=2"], ["amp_bool=true", "ema=0.8", "title_mask=true"], ["optimizer=adafactor", "grad_clip=0"]])
+def test_options_that_do_and_still_resume_to_the_bit(tmp_path, options):
+    cfg = tiny("hyperparams.max_steps=12", *(f"hyperparams.{o}" for o in options))
+    quick(cfg, tmp_path / "a")
+    with pytest.raises(KeyError):
+        quick(cfg, tmp_path / "b", on_event=lambda e: {}[0] if e.get("step") == 7 else None)
+    quick(cfg, tmp_path / "b", resume=True)
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_the_average_is_what_is_evaluated_and_loaded(tmp_path):
+    result = quick(tiny("hyperparams.ema=0.9", "hyperparams.max_steps=12"), tmp_path)
+    cfg, model, tokenizer = load_run(tmp_path)
+    found = load_checkpoint(tmp_path)
+    assert all(torch.equal(p, found.state["ema"][name]) for name, p in model.named_parameters())
+    assert not all(torch.equal(p, found.weights[name]) for name, p in model.named_parameters())
+    data = trainer.prepare_data(cfg, tokenizer)
+    assert trainer.validation_metrics(model, data.val_ids, data.val_titles, cfg)["val/loss"] == result.loss
+
+
+def test_reading_the_device_ten_steps_at_a_time_changes_no_number(finished, tmp_path, monkeypatch):
+    plan = trainer.make_plan
+    monkeypatch.setattr(trainer, "make_plan", lambda hp, n, device: plan(hp, n, "cuda"))
+    quick(tiny("hyperparams.save_every=15"), tmp_path)
+    one, ten = ([e for e in timeless(read_events(d)) if e["event"] == "training_step"] for d in (finished, tmp_path))
+    assert one == ten
+    assert json.loads((tmp_path / "result.json").read_text())["val/loss"] == json.loads((finished / "result.json").read_text())["val/loss"]
+
+
+# --- what a run leaves behind ---
+
+
+def test_the_log_can_be_read_while_the_run_goes_on(tmp_path):
+    seen = []
+    quick(tiny("hyperparams.max_steps=5"), tmp_path, on_event=lambda e: seen.append(read_events(tmp_path)[-1] == e))
+    assert len(seen) > 10 and all(seen)
+
+
+def test_the_result_is_complete(finished):
+    result = json.loads((finished / "result.json").read_text())
+    wanted = {"val/loss", "val/challenge_loss", "val/coverage", "val/nats_per_token", "val/bits_per_byte", "val/floor",
+              "steps", "skipped_steps", "tokens_per_second", "step_seconds", "flops_per_second", "matrix_flops_per_second",
+              "matrix_fraction", "mfu", "peak_memory_bytes", "parameters", "seed", "data", "device", "versions", "commit"}
+    assert wanted <= result.keys()
+    assert {"source", "revision", "n_titles", "sha256", "tokens_per_epoch"} <= result["data"].keys()
+    assert 0 < result["matrix_fraction"] < 2 and result["tokens_per_second"] == pytest.approx(16 * 32 / result["step_seconds"])
+    kinds = [e["event"] for e in read_events(finished)]
+    opening = ["hyperparameters_configured", "device_info", "dataset_info", "model_configured", "memory_estimate", "model_info"]
+    assert kinds[:6] == opening and kinds[-1] == "run_finished"
+    step = next(e for e in read_events(finished) if e["event"] == "training_step")
+    assert {"train/loss", "train/nats_per_char", "lr", "grad_norm", "tokens_per_second", "memory_bytes", "step", "max_steps"} <= step.keys()
+
+
+def test_the_smoke_test_of_the_whole_path(tmp_path, capsys):
+    from mainrun_nb.cli import train_cli
+
+    train_cli(config=str(ROOT / "sweeps/base/quickstart.yaml"), out=str(tmp_path / "run"), test=True)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 3
+
+
+def test_the_cuda_allocator_is_told_before_cuda_starts(monkeypatch):
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert trainer.pick_device("cpu").type == "cpu" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
+    trainer.pick_device("auto")
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    trainer.pick_device("auto")
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "max_split_size_mb:64"
+    with pytest.raises(InputError, match="no CUDA device"):
+        trainer.pick_device("cuda")
+
+
+def test_running_out_of_memory_is_said_in_one_line(tmp_path, monkeypatch):
+    def hungry(*args):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.\nand a trace")
+
+    monkeypatch.setattr(trainer, "train_step", hungry)
+    with pytest.raises(RunError, match="out of memory .* GB predicted, .* GB used .*grad_accum") as e:
+        quick(tiny(), tmp_path)
+    assert "\n" not in str(e.value)
+
+
+# --- many processes ---
+
+
+def job(overrides, run_dir, count, on_event=None):
+    """A job of `count` processes, started as torchrun does."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    return [start(overrides, run_dir, on_event, {**common, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(count)]
+
+
+NO_DROPOUT = ["model_configs.gpt.dropout=0.0", "hyperparams.grad_accum=2", "hyperparams.max_steps=24"]
+
+
+def test_two_processes_lose_what_one_loses_and_either_can_go_on(tmp_path):
+    quick(tiny(*NO_DROPOUT), tmp_path / "one")
+    assert [ended(p) for p in job(NO_DROPOUT, tmp_path / "two", 2)] == [0, 0]
+    torch.testing.assert_close(losses(tmp_path / "two")[:20], losses(tmp_path / "one")[:20], atol=1e-5, rtol=0)
+    events = read_events(tmp_path / "two")
+    assert [e["step"] for e in events if e["event"] == "training_step"] == list(range(1, 25))
+    assert json.loads((tmp_path / "two" / "result.json").read_text())["device"]["processes"] == 2
+    # cut each off in the middle, and let the other go on, with the optimizer's state shared out
+    for first, then in [(1, 2), (2, 1)]:
+        run_dir = tmp_path / f"from-{first}"
+        stop = functools.partial(kill_at, kind="training_step", step=11)
+        codes = [ended(p) for p in job([*NO_DROPOUT, "hyperparams.zero_optimizer=true"], run_dir, first, stop)]
+        assert codes[0] == -signal.SIGKILL
+        assert [ended(p) for p in job([*NO_DROPOUT, "hyperparams.zero_optimizer=true"], run_dir, then)] == [0] * then
+        torch.testing.assert_close(losses(run_dir)[:20], losses(tmp_path / "one")[:20], atol=1e-5, rtol=0)
+
+
+def dawdle(event):
+    time.sleep(0.02)
+
+
+def test_a_dead_process_ends_the_job_with_one_clear_line(tmp_path):
+    run_dir = tmp_path / "run"
+    first, second = job([], run_dir, 2, dawdle)
+    wait_for(lambda: steps_logged(run_dir) >= 5)
+    second.kill()
+    assert ended(first, 60) == 1 and ended(second) == -signal.SIGKILL
+    assert len(said(run_dir)) == 1 and "a process of this job is gone" in said(run_dir)[0] and "--resume" in said(run_dir)[0]
+    assert load_checkpoint(run_dir).step >= 2
+
+
+@pytest.mark.parametrize("wrong, word", [("hyperparams.batch_size=15", "multiple of 2"), ("data.source=no/such.txt", "no/such.txt")])
+def test_what_is_wrong_is_said_once_and_ends_all_processes(tmp_path, wrong, word):
+    run_dir = tmp_path / "run"
+    assert [ended(p) for p in job([wrong], run_dir, 2)] == [2, 2]
+    assert len(said(run_dir)) == 1 and word in said(run_dir)[0] and not run_dir.exists()
+
+
+def test_a_signal_stops_all_processes_after_the_same_step_and_they_resume_to_the_bit(tmp_path):
+    options = ["hyperparams.max_steps=30", "hyperparams.save_every=1000", "hyperparams.ema=0.9"]
+    assert [ended(p) for p in job(options, tmp_path / "whole", 2)] == [0, 0]
+    processes = job(options, tmp_path / "cut", 2)
+    wait_for(lambda: steps_logged(tmp_path / "cut") >= 5)
+    os.kill(processes[1].pid, signal.SIGTERM)  # only one of them hears of it
+    assert ended(processes[0]) == 143 and ended(processes[1]) in (1, 143)
+    assert load_checkpoint(tmp_path / "cut").step == steps_logged(tmp_path / "cut") < 30
+    assert [ended(p) for p in job(options, tmp_path / "cut", 2)] == [0, 0]
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_shares_of_a_batch_are_disjoint_and_complete():
+    rows = [trainer.my_rows(Hyperparams(batch_size=24, grad_accum=2), trainer.Processes(r, 3)) for r in range(3)]
+    assert [i for s in rows for i in range(24)[s]] == list(range(24))
+
+
+@pytest.mark.slow
+def test_torchrun_itself(tmp_path):
+    config = tmp_path / "tiny.yaml"
+    trainer.save_config(tiny(*NO_DROPOUT), config)
+    folder = Path(sys.executable).parent
+    env = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [folder / "torchrun", "--standalone", "--nproc-per-node", "2", "--no-python", "mainrun-train"]
+    done = subprocess.run([*command, "--config", config, "--out", tmp_path / "run"], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1 and json.loads(done.stdout)["device"]["processes"] == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_checkpoint(tmp_path / "run").step == 24
