@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STATE_BYTES', 'CUDA_ALLOWANCE', 'block_activations', 'explain', 'LayerMemory', 'simulate_step', 'measured_peak',
            'MemoryEstimate', 'estimate_memory', 'tensor_bytes', 'inference_memory', 'memory_budget', 'find_batch_size',
-           'what_would_fit', 'check_budget']
+           'what_would_fit', 'MemoryBudgetError', 'check_budget']
 
 # %% ../nbs/12_memory.ipynb #63a8859a
 import gc
@@ -250,17 +250,21 @@ def what_would_fit(cfg: Config, budget: int, device: str = "cpu", vocab_size: in
     return f"hyperparams.batch_size={rows} would fit, or hyperparams.grad_accum={micro} with the same batch"
 
 # %% ../nbs/12_memory.ipynb #903dcd12
+class MemoryBudgetError(InputError):
+    "A run that cannot fit in its memory budget."
+
+
 def check_budget(
     cfg: Config,
     vocab_size: int,
     device: str = "cpu",
 ) -> dict[str, Any]:  # for the log: method, predicted and allowed bytes
-    "Refuse a run that cannot fit. Raises `InputError` with the numbers and with what would fit."
+    "Refuse a run that cannot fit. Raises `MemoryBudgetError` with the numbers and with what would fit."
     budget, rough = memory_budget(cfg, device), explain(cfg, vocab_size)
     if 4 * sum(rough.values()) < budget:
         return {"method": "formula", "predicted_bytes": sum(rough.values()), "budget_bytes": budget, **rough}
     estimate = estimate_memory(cfg, device, vocab_size)
     if estimate.peak_bytes > budget:
-        raise InputError(f"memory: a step needs {estimate.peak_bytes / 1e9:.2f} GB, the budget is {budget / 1e9:.2f} GB; "
+        raise MemoryBudgetError(f"memory: a step needs {estimate.peak_bytes / 1e9:.2f} GB, the budget is {budget / 1e9:.2f} GB; "
                          + what_would_fit(cfg, budget, device, vocab_size))
     return {"method": "simulated", "predicted_bytes": estimate.peak_bytes, "budget_bytes": budget, **estimate.parts}

@@ -1,0 +1,101 @@
+"""The GPU status check where nvidia-smi works, is missing, broken or hanging: it always answers, soon, and with a plain sentence."""
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mainrun_nb import cli
+
+WORKS = """case "$1" in
+*compute-apps*) echo "4242, 61440 MiB, /opt/venv/bin/python, train.py" ;;
+*) echo "0, NVIDIA H100 80GB HBM3, 61444 MiB, 81559 MiB, 97 %, 61, 640.11 W"
+   echo "1, NVIDIA H100 80GB HBM3, 3 MiB, 81559 MiB, 0 %, 30, 70.00 W" ;;
+esac
+"""
+
+
+@pytest.fixture
+def smi(tmp_path, monkeypatch):
+    """Puts a pretended nvidia-smi (a shell script) first on the path; without a script there is none at all."""
+
+    def put(script: str | None) -> None:
+        for name in ("ps", "sh", "sleep"):
+            (tmp_path / name).symlink_to(shutil.which(name))
+        if script is not None:
+            (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n" + script)
+            (tmp_path / "nvidia-smi").chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
+
+    monkeypatch.setattr(cli, "torch_view", lambda: "PyTorch sees no accelerator.")
+    return put
+
+
+def test_a_working_gpu(smi):
+    smi(WORKS)
+    text, well = cli.gpu_report()
+    assert well
+    for word in ("NVIDIA H100 80GB HBM3", "61444 MiB", "97 %", "640.11 W", "4242", "/opt/venv/bin/python, train.py"):
+        assert word in text
+
+
+def test_an_idle_gpu(smi):
+    smi('case "$1" in *compute-apps*) ;; *) echo "0, A, 1 MiB, 2 MiB, 0 %, 30, 70 W" ;; esac')
+    assert "No process uses a GPU." in cli.gpu_report()[0]
+
+
+def test_no_gpu_is_no_fault(smi):
+    smi(None)
+    text, well = cli.gpu_report()
+    assert well and "There is no NVIDIA driver on this machine" in text
+
+
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [
+        ("echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18", "exit code 18: Failed to initialize NVML"),
+        ("exit 9", "exit code 9: no message"),
+        ("kill -SEGV $$", "exit code -11"),
+        ('case "$1" in *compute-apps*) exit 3 ;; *) echo "0, A, 1 MiB, 2 MiB, 0 %, 30, 70 W" ;; esac', "exit code 3"),
+    ],
+)
+def test_a_broken_driver_is_named(smi, script, says):
+    smi(script)
+    text, well = cli.gpu_report()
+    assert not well and "not well" in text and says in text
+
+
+@pytest.mark.parametrize("script", ["sleep 60", "trap '' TERM INT; sleep 60 & wait; sleep 60"])
+def test_a_hanging_driver_does_not_hang_the_check(smi, script):
+    smi(script)
+    start = time.monotonic()
+    text, well = cli.gpu_report(timeout=0.5)
+    assert time.monotonic() - start < 10 and not well and "did not answer within 0.5 s" in text
+
+
+def test_a_hanging_driver_leaves_no_process_behind(smi, tmp_path):
+    smi(f"echo $$ >{tmp_path}/pid; sleep 61")
+    cli.gpu_report(timeout=1)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_processes_are_listed_without_their_keys(smi):
+    smi(None)
+    code = "import sys, time; print('on', flush=True); time.sleep(60)"
+    child = subprocess.Popen([sys.executable, "-c", code, "WANDB_API_KEY=abc123", "--token", "xyz789"], stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout.readline() == "on\n"
+        text = cli.python_processes()
+        assert str(os.getpid()) not in text.split() and "abc123" not in text and "xyz789" not in text
+    finally:
+        child.kill()
+        child.wait()
+    assert f"| {child.pid} " in text
+
+
+def test_pytorch_is_asked_in_a_process_of_its_own():
+    assert " sees " in cli.torch_view()
+    assert "did not answer" in cli.torch_view(timeout=0.01)
