@@ -139,7 +139,7 @@ class GPTConfig:
     init_method: str = one_of("normal", "xavier", "kaiming", "uniform")
     norm_type: str = one_of("pre", "post")  # normalise before each sublayer, or after the residual sum
     norm: str = one_of("layernorm", "rmsnorm")
-    activation_function: str = one_of("gelu", "relu", "swiglu")
+    activation_function: str = one_of("gelu", "relu", "swiglu", "gelu_tanh")  # gelu_tanh: the approximation in GPT-2
     attention_layer: str = "causal"  # a registered attention: causal, sparse, sparsek
     position: str = one_of("learned", "rope")
     mlp_ratio: float = positive(4.0)  # width of the MLP over the width of the block (swiglu: times 2/3)

@@ -8,7 +8,7 @@ __all__ = ['make_norm', 'SwiGLU', 'MLP', 'LayerScale', 'Residual', 'Block', 'ini
            'place_tokens', 'run_block', 'Decoder', 'GPT', 'parameter_table', 'parameter_formula']
 
 # %% ../nbs/08_gpt.ipynb #229ef658
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .attention import AttnCommon, TokenInfo, build_attention, title_numbers
-from .config import GPTConfig
+from .config import GPTConfig, SparseKAttnConfig
 
 # %% ../nbs/08_gpt.ipynb #5de0db31
 def make_norm(
@@ -39,7 +39,9 @@ class SwiGLU(nn.Module):
         return F.silu(a) * b
 
 
-_ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "swiglu": SwiGLU}
+_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU, "relu": nn.ReLU, "swiglu": SwiGLU, "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+}
 
 
 class MLP(nn.Module):
@@ -374,15 +376,16 @@ class GPT(Decoder):
 
 # %% ../nbs/08_gpt.ipynb #697837bf
 _PARTS = {
-    "embed.tokens.": "embedding", "embed.positions.": "positions", ".attn.inner.": "attention", ".mlp.inner.": "mlp",
-    "norm.": "norms", ".scale.": "scales", "project.": "projections", "between.": "projections", "head.": "head",
+    "embed.tokens.": "embedding", "embed.positions.": "positions", "inner.score.": "scorer", "inner.sharpness": "scorer",
+    ".attn.inner.": "attention", ".mlp.inner.": "mlp", "norm.": "norms", ".scale.": "scales", "project.": "projections",
+    "between.": "projections", "head.": "head",
 }
 
 
 def parameter_table(
     model: nn.Module,
 ) -> dict[str, int]:  # part -> parameters, shared ones counted once; "total" last
-    "Parameters per part of a GPT, counted: embedding, positions, attention, mlp, norms, scales, projections, head."
+    "Parameters per part of a GPT, counted: embedding, positions, attention, scorer, mlp, norms, scales, projections, head."
     table: dict[str, int] = {}
     for name, p in model.named_parameters():
         part = next((part for mark, part in _PARTS.items() if mark in name), "other")
@@ -397,17 +400,18 @@ def parameter_formula(
     context_length: int,
     widths: Sequence[int] = (),  # of the blocks; none: cfg.n_layer times cfg.hidden_layer
 ) -> dict[str, int]:  # as `parameter_table`
-    "Parameters per part of a GPT, by formula. For attention that has more matrices than these, they are missing."
+    "Parameters per part of a GPT, by formula, for every attention of this package."
     d, gated, bent = cfg.d_model, cfg.activation_function == "swiglu", cfg.norm == "layernorm" and cfg.bias
     ws = list(widths) or [cfg.hidden_layer] * cfg.n_layer
     line = lambda i, o: i * o + o * cfg.bias  # noqa: E731  a linear layer
     inner = {w: round(w * cfg.mlp_ratio * (2 / 3 if gated else 1)) for w in ws}
     head = {w: attn_cfg.intermediate_dim or w for w in ws}
     gates = sum(line(w, attn_cfg.n_head) for w in ws) if cfg.output_gate else 0
+    scorer = sum(w * attn_cfg.n_head + attn_cfg.n_head for w in ws) if isinstance(attn_cfg, SparseKAttnConfig) else 0
     table = {
         "embedding": vocab_size * d, "positions": context_length * d if cfg.position == "learned" else 0,
         "attention": sum(line(w, 3 * head[w]) + line(head[w], w) for w in ws) + gates,
-        "mlp": sum(line(w, inner[w] * (1 + gated)) + line(inner[w], w) for w in ws),
+        "scorer": scorer, "mlp": sum(line(w, inner[w] * (1 + gated)) + line(inner[w], w) for w in ws),
         "norms": (2 * sum(ws) + (ws[-1] if cfg.norm_type == "pre" else 0)) * (1 + bent),
         "scales": 2 * sum(ws) if cfg.layer_scale else 0,
         "projections": sum(line(i, o) for i, o in zip([d, *ws], [*ws, d], strict=True) if i != o),
