@@ -131,8 +131,10 @@ class TrackioRun:
         self.run.log(dict(numbers), step=step)
 
     def finish(self, files: list[Path], exit_code: int) -> None:
+        import trackio
+
         with redirect_stdout(sys.stderr):
-            self.run.finish()
+            trackio.finish()
 
 
 BACKENDS: dict[str, Callable[[Path, Config, str], Any]] = {"wandb": WandbRun, "trackio": TrackioRun}
