@@ -1,0 +1,506 @@
+"""Sweeps: the same points whoever runs them, every end on record, and nothing lost to a kill, a crash or a lost node."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from mainrun_nb import sweep as sw
+from mainrun_nb.config import InputError, RunError, load_config
+from mainrun_nb.sweep import examine, grid_points, promote, random_point, read_board, read_search, read_trials, run_sweep
+from mainrun_nb.trainer import train
+
+ROOT = Path(__file__).resolve().parents[1]
+BASE = """
+hyperparams: {num_titles: 1500, vocab_size: 500, epochs: 50, context_length: 32, batch_size: 16, optimizer: adamw, max_steps: 20,
+              evals_per_epoch: 4, device: cpu}
+model_configs: {gpt: {d_model: 32, hidden_layer: 32, n_layer: 1, dropout: 0.1}}
+attn_configs: {causal: {n_head: 2}}
+data: {source: synthetic}
+tokenizer: {kind: bpe}
+"""
+LRS = "parameters: {hyperparams.lr: {values: [1.0e-3, 1.0e-2, 3.0e-2, 0.1, 0.3, 1.0]}}"
+LOG_LR = "parameters: {hyperparams.lr: {distribution: log_uniform_values, min: 1.0e-5, max: 1.0}}"
+
+
+@pytest.fixture
+def base(tmp_path) -> Path:
+    (tmp_path / "base.yaml").write_text(BASE)
+    return tmp_path / "base.yaml"
+
+
+def search_of(tmp_path: Path, text: str) -> Path:
+    (tmp_path / "search.yaml").write_text(text)
+    return tmp_path / "search.yaml"
+
+
+class Pretend:
+    """An engine whose trials write what a real one would, at once: the loss is the distance of the learning rate from 0.03."""
+
+    here = True
+    pause = 0.0  # between evaluations
+    rows = 5
+    running: list[Path] = []
+
+    def __init__(self, jobs, address=None):
+        self.pool = ThreadPoolExecutor(jobs)
+
+    def submit(self, folder, base, overrides, fast):
+        return self.pool.submit(self.trial, Path(folder), load_config(base, overrides))
+
+    def trial(self, folder, cfg):
+        (folder / "run").mkdir(exist_ok=True)
+        lr, done = cfg.hyperparams.lr, 0
+        assert lr != 0.3, "a bug\nin two lines"
+        with open(folder / "run" / "metrics.jsonl", "w") as log:
+            for done in range(1, self.rows + 1):
+                log.write(json.dumps({"event": "validation_step", "step": done, "val/loss": abs(lr - 0.03) + 1 / done}) + "\n")
+                log.flush()
+                time.sleep(self.pause)
+                if (folder / "stop").exists():
+                    return {"status": "stopped", "error": "", "seconds": 1.0}
+        if lr == 1.0:
+            return {"status": "failed", "error": "the loss was not finite", "seconds": 1.0}
+        result = {"val/loss": abs(lr - 0.03) + 1 / self.rows, "val/challenge_loss": None, "val/coverage": 0.9, "data": {}}
+        (folder / "run" / "result.json").write_text(json.dumps(result))
+        return {"status": "complete", "error": "", "seconds": 1.0}
+
+    def close(self):
+        self.pool.shutdown()
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """run_sweep with pretended trials."""
+    monkeypatch.setattr(Pretend, "pause", 0.0)
+    monkeypatch.setitem(sw.ENGINES, "pretend", Pretend)
+    return lambda *args, **kwargs: run_sweep(*args, **{"engine": "pretend", "fast": True, "progress": False, **kwargs})
+
+
+# --- which points ---
+
+
+@pytest.mark.parametrize("text", [f"method: grid\n{LRS}", f"method: random\n{LOG_LR}"], ids=["grid", "random"])
+def test_the_same_trials_with_any_number_of_workers(tmp_path, base, pretend, text):
+    one, two = (pretend(search_of(tmp_path, text), base, tmp_path / f"j{j}", jobs=j, trials=6) for j in (1, 3))
+    assert [t.params for t in one.trials] == [t.params for t in two.trials]
+    assert [(t.status, t.value) for t in one.trials] == [(t.status, t.value) for t in two.trials]
+    assert len(one.trials) == 6 and len({str(t.params) for t in one.trials}) == 6
+
+
+def test_another_seed_other_points(tmp_path, base, pretend):
+    a, b = (pretend(search_of(tmp_path, f"method: random\n{LOG_LR}"), base, tmp_path / str(s), trials=3, seed=s) for s in (0, 1))
+    assert not {str(t.params) for t in a.trials} & {str(t.params) for t in b.trials}
+
+
+BAYES = f"method: bayes\nearly_terminate: {{type: median, min_iter: 2}}\n{LOG_LR}"
+
+
+def test_bayes_is_reproducible_also_when_killed_anywhere(tmp_path, base, pretend, monkeypatch):
+    """A sweep of twelve, and one that dies at each of several places in its bookkeeping and is resumed: the same twelve trials."""
+    search = search_of(tmp_path, BAYES)
+    whole = pretend(search, base, tmp_path / "whole", trials=12)
+
+    class Killed(BaseException):
+        pass
+
+    def dying(where, after):
+        real, calls = getattr(sw.Chooser, where), []
+
+        def method(self, *args):
+            calls.append(1)
+            if len(calls) == after and where != "point":
+                raise Killed
+            value = real(self, *args)
+            if len(calls) == after:
+                raise Killed
+            return value
+
+        return method
+
+    places = [("point", 3), ("tell", 2), ("behind", 7), ("point", 2), ("tell", 3)]
+    for i, (where, after) in enumerate(places):
+        with monkeypatch.context() as m, pytest.raises(Killed):
+            m.setattr(sw, "interrupt", lambda sweep: None)
+            m.setattr(sw.Chooser, where, dying(where, after))
+            pretend(search, base, tmp_path / "cut", trials=12, resume=i > 0)
+    cut = pretend(search, base, tmp_path / "cut", trials=12, resume=True)
+    assert [(t.params, t.status, t.evaluations) for t in cut.trials] == [(t.params, t.status, t.evaluations) for t in whole.trials]
+    assert whole.counts.get("pruned") and whole.best.number >= 4, "the history was not used"
+
+
+def test_lists_and_odd_values_reach_the_configuration(tmp_path):
+    text = ("method: grid\nparameters: {model_configs.unet_gpt.hidden_layer_list: {values: [[64, 32, 64], [32, 32, 32]]}, "
+            "hyperparams.amp_bool: {value: true}}")
+    points = list(grid_points(read_search(search_of(tmp_path, text), load_config())))
+    cfg = load_config(None, [sw.override(k, v) for k, v in points[1].items()])
+    assert cfg.model_configs.unet_gpt.hidden_layer_list == [32, 32, 32] and cfg.hyperparams.amp_bool is True
+
+
+def test_whole_steps_stay_whole(tmp_path):
+    text = "parameters: {hyperparams.batch_size: {distribution: q_log_uniform_values, min: 16, max: 256, q: 16}}"
+    search = read_search(search_of(tmp_path, text), load_config())
+    sizes = {random_point(search, i, 0)["hyperparams.batch_size"] for i in range(50)}
+    assert all(isinstance(s, int) and s % 16 == 0 for s in sizes) and len(sizes) > 5
+    load_config(None, [sw.override("hyperparams.batch_size", s) for s in sizes])
+
+
+@pytest.mark.parametrize("text, says", [
+    ("parameters: {hyperparams.lrate: {value: 1}}", "Did you mean 'hyperparams.lr'"),
+    ("metod: grid", "Did you mean 'method'"),
+    ("parameters: {hyperparams.lr: 0.1}", "expected value, values or min and max"),
+    ("parameters: {hyperparams.lr: {values: []}}", "at least one value"),
+    ("parameters: {hyperparams.lr: {values: [1, 2], probabilities: [0.5, 0.6]}}", "add up to 1"),
+    ("parameters: {hyperparams.lr: {min: 1.0}}", "'max'"),
+    ("parameters: {hyperparams.lr: {distribution: log_uniform_values, min: 0, max: 1}}", "numbers that make sense"),
+    ("metric: {name: loss}\nparameters: {hyperparams.lr: {value: 1}}", "val/loss"),
+    ("early_terminate: {type: hyperban}\nparameters: {hyperparams.lr: {value: 1}}", "hyperband, median"),
+    ("early_terminate: {type: hyperband, miniter: 3}\nparameters: {hyperparams.lr: {value: 1}}", "Did you mean 'min_iter'"),
+    ("method: grid", "at least one"),
+    ("- a list", "search.yaml"),
+    ("a: [", "search.yaml"),
+])  # fmt: skip
+def test_bad_search_files_are_refused_before_anything_runs(tmp_path, base, text, says):
+    with pytest.raises(InputError) as e:
+        run_sweep(search_of(tmp_path, text), base, tmp_path / "out", fast=True, progress=False)
+    assert says in str(e.value) and "\n" not in str(e.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("wrong, says", [
+    ({"engine": "lokal"}, "Did you mean 'local'"), ({"jobs": 0}, "jobs: must be above 0"), ({"trials": 0}, "trials"),
+])  # fmt: skip
+def test_bad_arguments_are_refused(tmp_path, base, wrong, says):
+    with pytest.raises(InputError, match=says):
+        run_sweep(search_of(tmp_path, LRS), base, tmp_path / "out", **wrong)
+    assert not (tmp_path / "out").exists()
+
+
+# --- every end on record ---
+
+
+def test_every_end_is_recorded_as_what_it_is(tmp_path, base, pretend):
+    """Six learning rates, one of which crashes the watcher and one the run; heads that do not fit; a batch beyond all memory."""
+    text = """
+method: grid
+parameters:
+  hyperparams.lr: {values: [0.01, 0.3, 1.0]}
+  attn_configs.causal.n_head: {values: [2, 3]}
+  hyperparams.batch_size: {values: [16, 100000000]}
+"""
+    board = pretend(search_of(tmp_path, text), base, tmp_path / "out", jobs=2)
+    found = {tuple(t.params.values()): (t.status, t.error) for t in board.trials}
+    assert board.counts == {"complete": 1, "failed": 2, "invalid": 6, "skipped": 3}
+    assert found[0.3, 2, 16] == ("failed", "AssertionError: a bug in two lines")
+    assert found[1.0, 2, 16] == ("failed", "the loss was not finite")
+    assert "heads" in found[0.01, 3, 16][1] and found[0.01, 2, 100000000][1].startswith("memory: a step needs")
+    assert [asdict["status"] for asdict in map(vars, read_trials(tmp_path / "out"))] == [t.status for t in board.trials]
+    assert len((tmp_path / "out" / "leaderboard.csv").read_text().splitlines()) == 13
+    assert "1 complete, 2 failed, 6 invalid, 3 skipped" in board.table()
+
+
+@pytest.mark.parametrize("early", ["{type: median, min_iter: 1}", "{type: hyperband, min_iter: 1, max_iter: 9, eta: 3}"])
+def test_who_is_behind_is_pruned(tmp_path, base, pretend, monkeypatch, early):
+    monkeypatch.setattr(Pretend, "pause", 0.25)
+    good = [0.031, 0.029, 0.032, 0.028, 0.033, 0.027, 0.034, 0.026]
+    text = f"method: grid\nearly_terminate: {early}\nparameters: {{hyperparams.lr: {{values: {[*good, 0.9, 0.91, 0.92, 0.93]}}}}}"
+    board = pretend(search_of(tmp_path, text), base, tmp_path / "out", jobs=4)
+    bad = [t for t in board.trials if t.params["hyperparams.lr"] > 0.5]
+    pruned = [t for t in bad if t.status == "pruned"]
+    assert len(pruned) >= 3 and board.best.params["hyperparams.lr"] < 0.04
+    for t in pruned:
+        assert t.value == t.evaluations[-1] and len(t.evaluations) < Pretend.rows
+        assert not (t.folder(tmp_path / "out") / "run" / "result.json").exists(), "it was not really stopped"
+
+
+def test_a_missing_metric_is_an_error(tmp_path, base, pretend):
+    search = search_of(tmp_path, f"method: grid\nmetric: {{name: val/challenge_loss}}\n{LRS}")
+    with pytest.raises(RunError, match="without 'val/challenge_loss'"):
+        pretend(search, base, tmp_path / "out")
+    assert read_trials(tmp_path / "out")[0].status == "failed"
+
+
+# --- folders ---
+
+
+def test_two_sweeps_do_not_share_a_folder(tmp_path, base, pretend):
+    search = search_of(tmp_path, f"method: grid\n{LRS}")
+    with ThreadPoolExecutor(1) as pool:
+        Pretend.pause = 0.3
+        first = pool.submit(pretend, search, base, tmp_path / "out", trials=2)
+        while not (tmp_path / "out" / "trial-0000").exists():
+            time.sleep(0.02)
+        with pytest.raises(InputError, match="another process"):
+            pretend(search, base, tmp_path / "out", trials=2, resume=True)
+        with pytest.raises(InputError, match="already holds a sweep"):
+            pretend(search, base, tmp_path / "out", trials=2)
+        assert first.result().counts == {"complete": 2}
+
+
+def test_a_resumed_sweep_must_be_the_same_and_may_grow(tmp_path, base, pretend):
+    search = search_of(tmp_path, f"method: grid\n{LRS}")
+    pretend(search, base, tmp_path / "out", trials=2)
+    with pytest.raises(InputError, match="configuration differ"):
+        pretend(search, base, tmp_path / "out", resume=True, overrides=["hyperparams.epochs=3"])
+    base.write_text(BASE.replace("epochs: 50", "epochs: 49"))
+    with pytest.raises(InputError, match="configuration differ"):
+        pretend(search, base, tmp_path / "out", resume=True)
+    base.write_text(BASE)
+    assert len(pretend(search, base, tmp_path / "out", trials=4, resume=True).trials) == 4
+
+
+def test_damaged_folders_say_so_in_one_line(tmp_path, base, pretend):
+    search, out = search_of(tmp_path, f"method: grid\n{LRS}"), tmp_path / "out"
+    pretend(search, base, out, trials=2)
+    (out / "trial-0001" / "trial.json").write_text("{")
+    with pytest.raises(InputError, match="trial-0001"):
+        pretend(search, base, out, trials=2, resume=True)
+    (out / "trial-0001" / "trial.json").unlink()
+    assert pretend(search, base, out, trials=2, resume=True).counts == {"complete": 2}, "a removed trial is run again"
+    (out / "optuna.db").write_bytes(b"not a database" * 100)
+    with pytest.raises(InputError, match="optuna.db: cannot be used"):
+        pretend(search, base, out, trials=2, resume=True)
+    (out / "optuna.db").unlink()
+    with pytest.raises(InputError, match="knows nothing of trial 0"):
+        pretend(search, base, out, trials=2, resume=True)
+    with pytest.raises(InputError, match="cannot be created"):
+        pretend(search, base, tmp_path / "search.yaml" / "out")
+    with pytest.raises(InputError, match="not the folder of a sweep"):
+        read_board(tmp_path)
+
+
+# --- real processes ---
+
+RUN = """
+import sys
+from mainrun_nb.sweep import run_sweep
+search, base, out, fast = sys.argv[1:]
+run_sweep(search, base, out, fast=fast == "fast", progress=False)
+"""
+
+
+def events(folder: Path) -> list[dict]:
+    path = folder / "run" / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def wait_for(what, seconds: float = 90.0) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def processes_in(folder: Path) -> list[str]:
+    """The command lines of the processes that speak of a folder, kernels included."""
+    import psutil
+
+    found = []
+    for p in psutil.process_iter():
+        try:
+            if p.pid != os.getpid() and (str(folder) in " ".join(p.cmdline()) or str(folder) in p.environ().get("SWEEP_TEST", "")):
+                found.append(" ".join(p.cmdline()))
+        except psutil.Error:
+            pass
+    return found
+
+
+@pytest.mark.parametrize("signum, mode", [
+    (signal.SIGKILL, "fast"),
+    pytest.param(signal.SIGINT, "fast", marks=pytest.mark.slow),
+    pytest.param(signal.SIGKILL, "notebook", marks=pytest.mark.slow),
+    pytest.param(signal.SIGINT, "notebook", marks=pytest.mark.slow),
+])  # fmt: skip
+def test_a_sweep_cut_short_goes_on(tmp_path, base, signum, mode):
+    """Its running trial continues from its checkpoint, in its folder, as trial 0; no orphan trains on; the number is the same."""
+    base.write_text(BASE.replace("max_steps: 20", "max_steps: 400, save_every: 10"))
+    search, out = search_of(tmp_path, "method: grid\nparameters: {hyperparams.lr: {values: [1.0e-2]}}"), tmp_path / "out"
+    command = [sys.executable, "-c", RUN, str(search), str(base), str(out), mode]
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "SWEEP_TEST": str(out)}, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: len(list(out.glob("trial-0000/run/checkpoints/*/*"))) > 4)
+    process.send_signal(signum)
+    complaint = process.communicate(timeout=60)[1]
+    assert process.returncode == (-9 if signum == signal.SIGKILL else 1)
+    if signum == signal.SIGINT:
+        assert "stopped by SIGINT; --resume goes on" in complaint
+    wait_for(lambda: not processes_in(out), 30)
+    assert read_trials(out)[0].status == "running" and not (out / "trial-0000" / "run" / "result.json").exists()
+    reached = max(e.get("step", 0) for e in events(out / "trial-0000"))
+    board = run_sweep(search, base, out, fast=mode == "fast", resume=True, progress=False)
+    assert [(t.number, t.status) for t in board.trials] == [(0, "complete")]
+    resumed = next(e["step"] for e in events(out / "trial-0000") if e["event"] == "run_resumed")
+    assert reached - 10 <= resumed <= reached
+    straight = train(load_config(base, ["hyperparams.lr=0.01"]), tmp_path / "straight", progress=False)
+    assert board.best.value == straight.loss and board.best.evaluations == sw.evaluations(out / "trial-0000", "val/loss")
+
+
+def test_a_crash_is_recorded_and_the_sweep_goes_on(tmp_path, base):
+    """Without notebooks here; with them in test_trial.py."""
+    search = search_of(tmp_path, "method: grid\nparameters: {hyperparams.lr: {values: [1.0e+30, 1.0e-2]}}")
+    board = run_sweep(search, base, tmp_path / "out", jobs=2, fast=True, progress=False)
+    assert [t.status for t in board.trials] == ["failed", "complete"]
+    assert "not finite" in board.trials[0].error
+    assert board.best.value == train(load_config(base, ["hyperparams.lr=0.01"]), tmp_path / "straight", progress=False).loss
+
+
+@pytest.mark.slow
+def test_pruning_really_stops_a_process(tmp_path, base):
+    base.write_text(BASE.replace("max_steps: 20", "max_steps: 1500").replace("evals_per_epoch: 4", "evals_per_epoch: 1"))
+    values = [0.01, 0.011, 0.012, 0.009, 1.0e-7]
+    text = f"method: grid\nearly_terminate: {{type: median, min_iter: 1}}\nparameters: {{hyperparams.lr: {{values: {values}}}}}"
+    board = run_sweep(search_of(tmp_path, text), base, tmp_path / "out", jobs=2, fast=True, progress=False)
+    assert [t.status for t in board.trials][-1] == "pruned"
+    assert max(e.get("step", 0) for e in events(tmp_path / "out" / "trial-0004")) < 1000
+
+
+def test_a_promoted_recipe_says_what_it_is(tmp_path, base, pretend):
+    search = search_of(tmp_path, f"method: grid\n{LRS}")
+    pretend(search, base, tmp_path / "out", trials=2)
+    best = tmp_path / "out" / "trial-0001" / "run"
+    data = {"source": "/a/b/titles.txt.gz", "n_titles": 1500, "sha256": "ab" * 32}
+    result = {"val/loss": 1.2, "seed": 7, "parameters": 1234, "steps": 20, "data": data, "commit": "c0ffee"}
+    best.joinpath("result.json").write_text(json.dumps(result))
+    best.joinpath("config.yaml").write_text(BASE.replace("synthetic", "/a/b/titles.txt.gz") + "\n")
+    text = promote(tmp_path / "out", "best", tmp_path / "sota").read_text()
+    for part in ("# val/loss: 1.200000", "# seed: 7", "# data: titles.txt.gz, 1500 titles, split abababababababab", "# commit: c0ffee"):
+        assert part in text
+    assert "/a/b" not in text and yaml.safe_load(text)["data"]["source"] == "${oc.env:HN_TITLES,hackernews}"
+    with pytest.raises(InputError, match="exists"):
+        promote(tmp_path / "out", "best", tmp_path / "sota")
+    with pytest.raises(InputError, match="not the folder of a sweep"):
+        promote(tmp_path, "best", tmp_path / "sota")
+
+
+# --- other engines ---
+
+
+class FakeWandb(SimpleNamespace):
+    """Exactly the calls that are used: sweep, agent, init as a context with config and log."""
+
+    def __init__(self):
+        super().__init__(asked=None, logged=[], points=[{"hyperparams.lr": 0.01}, {"hyperparams.lr": 0.02, "unasked": 1}])
+
+    def sweep(self, sweep, entity=None, project=None):
+        self.asked = sweep
+        return "id"
+
+    def agent(self, sweep_id, function=None, entity=None, project=None, count=None):
+        assert sweep_id == "id"
+        for point in self.points[:count]:
+            self.config = point
+            function()
+
+    def init(self):
+        return self
+
+    def log(self, numbers):
+        self.logged.append(numbers)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return False
+
+
+def test_wandb_engine_with_a_stub(tmp_path, base, monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    monkeypatch.setattr(sw, "LocalEngine", Pretend)
+    search = search_of(tmp_path, LOG_LR)
+    board = sw.run_wandb_sweep(search, base, tmp_path / "out", trials=2, fast=True)
+    assert [(t.status, t.params) for t in board.trials] == [("complete", {"hyperparams.lr": 0.01}), ("complete", {"hyperparams.lr": 0.02})]
+    assert fake.asked["method"] == "random" and fake.asked["metric"] == {"name": "val/loss", "goal": "minimize"}
+    assert sum("val/coverage" in n for n in fake.logged) == 2 and len(fake.logged) == 2 * (Pretend.rows + 1)
+
+
+def test_wandb_engine_without_a_key(tmp_path, base, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    with pytest.raises(InputError, match="WANDB_API_KEY"):
+        sw.run_wandb_sweep(search_of(tmp_path, LOG_LR), base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_ray_missing_says_what_to_install(tmp_path, base, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(InputError, match=r"pip install 'mainrun_nb\[ray\]'"):
+        run_sweep(search_of(tmp_path, LRS), base, tmp_path / "out", engine="ray", fast=True)
+
+
+@pytest.mark.slow
+def test_ray_on_two_nodes_one_of_which_dies(tmp_path, base):
+    """The trials of the lost node are run again from their checkpoints; every number is that of the local engine."""
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    base.write_text(BASE.replace("max_steps: 20", "max_steps: 1200, save_every: 10"))
+    text, out = "method: grid\nparameters: {hyperparams.lr: {values: [1.0e-2, 2.0e-2]}}", tmp_path / "out"
+    os.environ["PYTHONPATH"] = str(ROOT)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    doomed = cluster.add_node(num_cpus=1)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(run_sweep, search_of(tmp_path, text), base, out, jobs=2, engine="ray", fast=True,
+                                 address=cluster.address, progress=False)
+            wait_for(lambda: all(len(list(out.glob(f"trial-000{i}/run/checkpoints/*/*"))) > 4 for i in (0, 1)))
+            cluster.remove_node(doomed, allow_graceful=False)
+            board = future.result(timeout=200)
+        assert board.counts == {"complete": 2}
+        resumed = [any(e["event"] == "run_resumed" for e in events(t.folder(out))) for t in board.trials]
+        assert sorted(resumed) == [False, True]
+        for t in board.trials:
+            straight = train(load_config(base, [f"hyperparams.lr={t.params['hyperparams.lr']}"]), tmp_path / f"s{t.number}", progress=False)
+            assert t.value == straight.loss
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+# --- the shipped searches ---
+
+SEARCHES = {"batch_size": "baseline", "gpt": "gpt", "unet": "unet", "sparse": "sparse", "sparse_gpt": "sparse", "precision": "sparse",
+            "sparsek": "sparsek"}
+
+
+def test_the_seven_iterations_are_there():
+    assert {p.stem for p in (ROOT / "sweeps" / "search").glob("*.yaml")} >= set(SEARCHES)
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_shipped_searches_read_and_start(name, monkeypatch):
+    """Every search names its base in its header, and its first points could run on a large machine."""
+    monkeypatch.setenv("HN_TITLES", "titles.txt")
+    path, base = ROOT / "sweeps" / "search" / f"{name}.yaml", ROOT / "sweeps" / "base" / f"{SEARCHES[name]}.yaml"
+    text = path.read_text()
+    assert text.startswith("#") and f"sweeps/base/{base.name}" in text and "coverage" in text
+    search = read_search(path, load_config(base))
+    points = [p for p, _ in zip(grid_points(search), range(40), strict=False)] if search.method == "grid" else [
+        random_point(search, i, 0) for i in range(10)]  # fmt: skip
+    for point in points[:: max(1, len(points) // 4)]:
+        found = examine(base, [sw.override(k, v) for k, v in point.items()], memory=False)
+        assert found == ("running", ""), (point, found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SEARCHES)
+def test_every_value_of_a_shipped_search_can_run(name, monkeypatch):
+    """Each value of each dimension, beside the first values of the others; and forty random points."""
+    monkeypatch.setenv("HN_TITLES", "titles.txt")
+    path, base = ROOT / "sweeps" / "search" / f"{name}.yaml", ROOT / "sweeps" / "base" / f"{SEARCHES[name]}.yaml"
+    search = read_search(path, load_config(base))
+    points = [random_point(search, i, 1) for i in range(40)]
+    points += [{**{e.key: e.values[0] for e in search.dimensions}, d.key: v} for d in search.dimensions for v in d.values]
+    for point in points:
+        found = examine(base, [sw.override(k, v) for k, v in point.items()], memory=False)
+        assert found == ("running", ""), (point, found)
+
+
