@@ -1,0 +1,233 @@
+"""Nothing leaks: no logit depends on a later token, nor, with the title mask, on another title; and the cache changes nothing.
+
+Every attention in the registry is tried, in both of its forms where it has two, over head counts, options, widths and lengths
+that divide nothing, in float32 and bfloat16. A leaky attention, kept here only, shows that the very same checks can fail.
+"""
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import mainrun_nb.models  # noqa: F401  registers every attention that ships
+from mainrun_nb import attention, config, sparse_attention
+from mainrun_nb.attention import Attention, TokenInfo, register_attention
+from mainrun_nb.config import CausalAttnConfig, GPTConfig, RunError, load_config
+from mainrun_nb.data import joined_chars, token_stream
+from mainrun_nb.evaluate import evaluate, validation_metrics
+from mainrun_nb.gpt import GPT
+from mainrun_nb.synthetic import floor_nats, sample_titles
+
+CONTEXT, VOCAB, EOS = 61, 40, 1
+SPARSE = dict(local_attn_ctx=8, sparseblocksize=4, vertsize=2, num_verts=1)
+SPARSEK = dict(k=3, candidates=9, window=4, chunk=5)
+OPTIONS: dict[str, list[dict]] = {  # of each attention's own section
+    "causal": [dict(n_head=1), dict(n_head=4), dict(n_head=6, intermediate_dim=12)],
+    "sparse": [
+        dict(attn_type="all", n_head=3), dict(SPARSE, attn_type="local", n_head=3), dict(SPARSE, attn_type="strided", n_head=2),
+        dict(SPARSE, attn_type="strided", n_head=3, merged=True), dict(SPARSE, attn_type="fixed", n_head=4, num_verts=2),
+        dict(SPARSE, attn_type="fixed", n_head=2, merged=True, vertsize=1), dict(SPARSE, attn_type="fixed", n_head=2, intermediate_dim=8),
+    ],
+    "sparsek": [
+        dict(SPARSEK, n_head=1), dict(SPARSEK, n_head=4, epsilon=0.1),
+        dict(SPARSEK, n_head=2, intermediate_dim=8, k=1, candidates=2, chunk=16),
+    ],
+}
+CASES = [(name, i) for name in attention._ATTENTIONS for i in range(len(OPTIONS.get(name, [{}])))]
+FORMS = [(name, i, blocks) for name, i in CASES for blocks in ([False, True] if name == "sparse" else [False])]  # sparse attention has two
+MODELS = [  # of the model around it; taken in turn
+    dict(position="rope", norm="rmsnorm", output_gate=True), dict(norm_type="post", activation_function="swiglu"),
+    dict(bias=False, hidden_layer=24),
+]
+
+
+def build(name: str, case: int, title_mask: bool = False, seed: int = 0, **more) -> GPT:
+    """A small model with weights large enough that every dependence shows."""
+    torch.manual_seed(seed)
+    schema = attention._ATTENTIONS[name][1]
+    shape = dict(d_model=12, hidden_layer=12, n_layer=2, dropout=0.0, attention_layer=name) | MODELS[(case + seed) % len(MODELS)] | more
+    model = GPT(GPTConfig(**shape), schema(**OPTIONS.get(name, [{}])[case]), VOCAB, CONTEXT, title_mask).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return model
+
+
+def rows(rng: random.Random, T: int, eos: float = 0.0) -> torch.Tensor:
+    """A batch of token ids of an odd shape, (B, T), with `<eos>` here and there."""
+    B = rng.randint(1, 3)
+    idx = [[EOS if rng.random() < eos else rng.randrange(2, VOCAB) for _ in range(T)] for _ in range(B)]
+    return torch.tensor(idx)
+
+
+def lengths(rng: random.Random) -> list[int]:
+    """A few lengths that divide nothing, and the longest there is."""
+    return [1, 2, rng.choice([7, 11, 13, 17]), rng.choice([23, 29, 37, 43]), CONTEXT]
+
+
+@torch.no_grad()
+def no_future(model: GPT, idx: torch.Tensor, times: list[int]) -> None:
+    """Fail if a logit before t changes, by a single bit, when everything from t on is replaced."""
+    logits = model(idx)[0]
+    assert logits.isfinite().all()
+    for t in times:
+        other = idx.clone()
+        other[:, t:] = 2 + (other[:, t:] + torch.randint_like(other[:, t:], 1, VOCAB - 2)) % (VOCAB - 2)
+        assert torch.equal(model(other)[0][:, :t], logits[:, :t]), f"a logit before {t} of {idx.shape[1]} changed"
+
+
+def no_future_gradient(model: GPT, T: int, i: int) -> None:
+    """Fail if the gradient of hidden state i with respect to a later embedding is anything but exactly zero."""
+    x = torch.randn(2, T, model.widths()[0], requires_grad=True)
+    y = model.run_blocks(x, TokenInfo(torch.arange(T)), None)
+    (dx,) = torch.autograd.grad(y[:, i].square().sum(), x)
+    assert dx[:, i].abs().sum() > 0, "nothing reaches the output at all"
+    assert not dx[:, i + 1 :].any(), f"output {i} depends on later inputs"
+
+
+@torch.no_grad()
+def own_title_only(model: GPT, idx: torch.Tensor) -> None:
+    """Fail if a logit changes when tokens of another title change."""
+    logits = model(idx)[0]
+    numbers = (idx == EOS).cumsum(1)
+    for n in range(int(numbers.max()) + 1):
+        other = torch.where((numbers == n) & (idx != EOS), 2 + (idx + 5) % (VOCAB - 2), idx)
+        changed = model(other)[0]
+        assert torch.equal(changed[numbers != n], logits[numbers != n]), f"title {n} is seen from another"
+
+
+@torch.no_grad()
+def cache_changes_nothing(model: GPT, idx: torch.Tensor, rng: random.Random) -> None:
+    """Fail if feeding a text in pieces gives other hidden states than feeding it whole."""
+    T, cache, parts, at = idx.shape[1], model.make_cache(len(idx)), [], 0
+    while at < T:
+        n = min(rng.choice([1, 1, 2, 5, 19]), T - at)
+        parts.append(model.features(idx[:, at : at + n], cache))
+        at += n
+    whole = model.features(idx)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4 * whole.abs().max().item())
+
+
+@pytest.fixture
+def blocks(request, monkeypatch):
+    """Make sparse attention go by blocks, where for short rows it may prefer one dense masked call."""
+    if request.param:
+        monkeypatch.setattr(sparse_attention, "blocks_pay", lambda *args, **kwargs: True)
+
+
+every_form = pytest.mark.parametrize(("name", "case", "blocks"), FORMS, indirect=["blocks"])
+
+
+@every_form
+def test_no_logit_changes_when_a_later_token_does(name, case, blocks):
+    rng = random.Random(f"{name}{case}")
+    for seed, dtype in enumerate([torch.float32, torch.bfloat16]):
+        for title_mask in (False, True):
+            model = build(name, case, title_mask, seed).to(dtype)
+            for T in lengths(rng):
+                no_future(model, rows(rng, T, eos=0.1), rng.sample(range(T), min(T, 5)))
+
+
+@every_form
+def test_gradients_of_the_future_are_exactly_zero(name, case, blocks):
+    rng = random.Random(f"{name}{case}")
+    model = build(name, case)
+    for T in lengths(rng)[1:]:
+        for i in {0, T // 2, rng.randrange(T), T - 1}:
+            no_future_gradient(model, T, i)
+
+
+@every_form
+def test_a_title_sees_only_itself(name, case, blocks):
+    rng = random.Random(f"{name}{case}")
+    for seed, dtype in enumerate([torch.float32, torch.bfloat16]):
+        model = build(name, case, True, seed).to(dtype)
+        for T in lengths(rng)[2:]:
+            own_title_only(model, rows(rng, T, eos=0.15))
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_the_cache_changes_nothing(name, case):
+    rng = random.Random(f"{name}{case}")
+    for title_mask in (False, True):
+        model = build(name, case, title_mask)
+        for T in lengths(rng):
+            cache_changes_nothing(model, rows(rng, T, eos=0.1), rng)
+
+
+def test_every_attention_of_the_registry_has_its_options_here():
+    assert set(OPTIONS) == {"causal", "sparse", "sparsek"} <= set(attention._ATTENTIONS)
+
+
+# --- the checks can fail ---
+
+
+class Leaky(Attention):
+    """Sees the next token, very faintly."""
+
+    share = 1e-4
+
+    def attend(self, q, k, v, info, cache, x):
+        if cache is not None:
+            k, v, _ = cache.append(k, v, info.titles)
+        ahead = F.pad(v, (0, 0, 0, 1))[:, :, 1:][:, :, -q.shape[2] :]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=cache is None) + self.share * ahead
+
+
+@pytest.fixture
+def leaky(monkeypatch):
+    """The leaky attention in the registry, for one test."""
+    monkeypatch.setitem(config._GROUPS, "attn_configs", config._GROUPS["attn_configs"])
+    monkeypatch.setattr(attention, "_ATTENTIONS", dict(attention._ATTENTIONS))
+    register_attention("leaky", Leaky, CausalAttnConfig)
+    monkeypatch.setitem(OPTIONS, "leaky", [dict(n_head=2)])
+
+
+def test_a_faint_leak_is_caught_by_every_check(leaky):
+    rng, idx = random.Random(0), rows(random.Random(0), 23, eos=0.2)
+    with pytest.raises(AssertionError, match="a logit before"):
+        no_future(build("leaky", 0), idx, [5, 11])
+    with pytest.raises(AssertionError, match="depends on later inputs"):
+        no_future_gradient(build("leaky", 0), 23, 11)
+    with pytest.raises(AssertionError, match="is seen from another"):
+        own_title_only(build("leaky", 0, title_mask=True), idx)
+    with pytest.raises(AssertionError):
+        cache_changes_nothing(build("leaky", 0), idx, rng)
+
+
+class Bytes:
+    """Three special tokens, then one per byte."""
+
+    vocab_size, eos_id = 259, EOS
+
+    def encode_titles(self, titles):
+        import numpy as np
+
+        return np.concatenate([np.append(np.frombuffer(t.encode(), np.uint8).astype(np.int32) + 3, EOS) for t in titles])
+
+
+@pytest.mark.parametrize("name", ["leaky", "causal"])
+def test_a_trained_leak_falls_through_the_floor(name, leaky, monkeypatch):
+    monkeypatch.setattr(Leaky, "share", 1.0)
+    train, val = sample_titles(400, seed=1), sample_titles(60, seed=2)
+    ids, val_ids = (token_stream(titles, Bytes()) for titles in (train, val))
+    small = ["d_model=48", "hidden_layer=48", "n_layer=1", "dropout=0", f"attention_layer={name}", "init_method=xavier"]
+    cfg = load_config(overrides=["data.source=synthetic", "hyperparams.context_length=64", "hyperparams.batch_size=4",
+                                 *(f"model_configs.gpt.{s}" for s in small)])
+    torch.manual_seed(0)
+    model = GPT(cfg.model_configs.gpt, CausalAttnConfig(n_head=2), Bytes.vocab_size, 64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(100):
+        at = step * 8 * 64 % (len(ids) - 8 * 64 - 1)
+        batch = ids[at : at + 8 * 64 + 1]
+        _, loss = model(batch[:-1].view(8, 64), batch[1:].view(8, 64))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    if name == "leaky":
+        with pytest.raises(RunError, match="leak"):
+            validation_metrics(model, val_ids, val, cfg)
+        assert evaluate(model, val_ids, val, 64, 4).total_nats < 0.8 * floor_nats(val)
+    else:
+        metrics = validation_metrics(model, val_ids, val, cfg)
+        assert metrics["val/loss"] > metrics["val/floor"] == pytest.approx(floor_nats(val) / joined_chars(val))

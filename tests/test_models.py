@@ -1,0 +1,349 @@
+"""Models: their size, every option beside every other, the chunked loss wherever it has to work, and interchange with GPT-2."""
+import gzip
+import itertools
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mainrun_nb.config import Config, InputError, load_config
+from mainrun_nb.gpt import GPT, linear_cross_entropy, loss_sum, parameter_formula, parameter_table
+from mainrun_nb.models import build_model, count_parameters, export_gpt2, hf_tokenizer, import_gpt2
+from mainrun_nb.synthetic import sample_titles
+from mainrun_nb.tokenizer import load_tokenizer, train_tokenizer
+
+BASE = sorted((Path(__file__).resolve().parents[1] / "sweeps/base").glob("*.yaml"))
+
+
+# --- size ---
+
+
+@pytest.mark.parametrize("path", BASE, ids=lambda p: p.stem)
+def test_base_configuration_has_the_parameters_of_the_formula(path):
+    cfg = load_config(path)
+    with torch.device("meta"):
+        model = build_model(cfg, 16_000)
+    attn_cfg = getattr(cfg.attn_configs, model.cfg.attention_layer)
+    table = parameter_table(model)
+    assert table == parameter_formula(model.cfg, attn_cfg, 16_000, cfg.hyperparams.context_length, model.widths())
+    assert table["total"] == count_parameters(model) and "other" not in table
+    if path.stem == "baseline":
+        assert table["total"] == 27_172_864
+    if path.stem == "small":
+        assert table["total"] <= 4_000_000
+
+
+def test_there_are_base_configurations():
+    assert {"baseline", "quickstart", "small"} <= {p.stem for p in BASE}
+
+
+# --- every option beside every other ---
+
+V, T = 47, 29
+CHOICES: dict[str, list[list[str]]] = {  # each choice is a list of overrides; `M` is the model's section
+    "model": [["hyperparams.model_architecture=gpt"], ["hyperparams.model_architecture=unet_gpt"],
+              ["hyperparams.model_architecture=unet_gpt", "M.skip_connections=true", "M.hidden_layer_list=[24,16,8,16,24]"]],
+    "attention": [["M.attention_layer=causal"], ["M.attention_layer=causal", "attn_configs.causal.intermediate_dim=8"],
+                  ["M.attention_layer=sparse", "attn_configs.sparse.attn_type=local"],
+                  ["M.attention_layer=sparse", "attn_configs.sparse.attn_type=strided"],
+                  ["M.attention_layer=sparse", "attn_configs.sparse.attn_type=fixed", "attn_configs.sparse.merged=true"],
+                  ["M.attention_layer=sparsek"]],
+    "norm_type": [["M.norm_type=pre"], ["M.norm_type=post"]],
+    "norm": [["M.norm=layernorm"], ["M.norm=rmsnorm"]],
+    "activation": [[f"M.activation_function={name}"] for name in ("gelu", "relu", "swiglu", "gelu_tanh")],
+    "position": [["M.position=learned"], ["M.position=rope"]],
+    "bias": [["M.bias=true"], ["M.bias=false"]],
+    "tied": [["M.tied=true"], ["M.tied=false"]],
+    "gate": [["M.output_gate=false"], ["M.output_gate=true"]],
+    "scale": [["M.layer_scale=0"], ["M.layer_scale=0.1"]],
+    "init": [[f"M.init_method={name}"] for name in ("normal", "xavier", "kaiming", "uniform")],
+    "residual": [["M.residual_scaling=false"], ["M.residual_scaling=true"]],
+    "width": [["M.hidden_layer=16"], ["M.hidden_layer=24"]],
+    "title_mask": [["hyperparams.title_mask=false"], ["hyperparams.title_mask=true"]],
+    "recompute": [["hyperparams.checkpoint_activations=false"], ["hyperparams.checkpoint_activations=true"]],
+    "chunk": [["hyperparams.loss_chunk=0"], ["hyperparams.loss_chunk=16"]],
+    "dropout": [["M.dropout=0"], ["M.dropout=0.1"]],
+    "r_drop": [["hyperparams.r_drop=0"], ["hyperparams.r_drop=2"]],
+}
+COMMON = [f"hyperparams.context_length={T}", "M.d_model=16", "M.n_layer=2", "attn_configs.causal.n_head=4", "attn_configs.sparsek.n_head=4",
+          "attn_configs.sparse.n_head=4", "attn_configs.sparse.local_attn_ctx=8", "attn_configs.sparse.sparseblocksize=4",
+          "attn_configs.sparse.vertsize=2", "attn_configs.sparse.num_verts=2", "attn_configs.sparsek.k=3", "attn_configs.sparsek.window=4",
+          "attn_configs.sparsek.chunk=8"]
+
+
+def pairwise(sizes: list[int]) -> list[tuple[int, ...]]:
+    """Rows of choices in which every two choices of two different factors meet at least once: greedy, and always the same."""
+    todo = {(i, a, j, b) for i, j in itertools.combinations(range(len(sizes)), 2) for a in range(sizes[i]) for b in range(sizes[j])}
+    found = []
+    while todo:
+        i, a, j, b = min(todo)
+        row = {i: a, j: b}
+        for f in sorted(set(range(len(sizes))) - row.keys(), key=lambda f: -sizes[f]):
+            gains = [sum((*x, *y) in todo for g in row for x, y in [sorted([(f, c), (g, row[g])])]) for c in range(sizes[f])]
+            row[f] = gains.index(max(gains))
+        picked = sorted(row.items())
+        todo -= {(*x, *y) for x, y in itertools.combinations(picked, 2)}
+        found.append(tuple(c for _, c in picked))
+    return found
+
+
+ROWS = pairwise([len(c) for c in CHOICES.values()])
+
+
+def configure(row: tuple[int, ...]) -> Config:
+    """The configuration of one row."""
+    picked = [choices[c] for choices, c in zip(CHOICES.values(), row, strict=True)]
+    name = "unet_gpt" if row[0] else "gpt"
+    overrides = ["model_configs.unet_gpt.hidden_layer_list=[16,8,24]", *COMMON, *itertools.chain(*picked)]
+    return load_config(overrides=[o.replace("M.", f"model_configs.{name}.", 1) if o.startswith("M.") else o for o in overrides])
+
+
+def test_pairs_are_all_there():
+    sizes = [len(c) for c in CHOICES.values()]
+    for i, j in itertools.combinations(range(len(sizes)), 2):
+        assert len({(row[i], row[j]) for row in ROWS}) == sizes[i] * sizes[j]
+
+
+def rows_of_ids() -> torch.Tensor:
+    idx = torch.randint(2, V, (3, T + 1))
+    idx[:, [0, 9, 20]] = 1
+    return idx
+
+
+def train_three_steps(model: GPT, idx: torch.Tensor, r_drop: float) -> None:
+    """Three steps on one batch: finite losses, a gradient for every parameter, and a loss that falls."""
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=2e-3), []
+    for _ in range(3):
+        _, loss = model(idx[:, :-1], idx[:, 1:], r_drop=r_drop)
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[2] < losses[0] < 30, losses
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: "".join(map(str, row)))
+def test_options_work_beside_each_other(row, tmp_path):
+    cfg = configure(row)
+    torch.manual_seed(0)
+    model, idx = build_model(cfg, V), rows_of_ids()
+    train_three_steps(model, idx, cfg.hyperparams.r_drop)
+    model.eval()
+    with torch.no_grad():
+        logits = model(idx[:, :T])[0]
+        for t in (1, 10, T - 1):  # causal
+            other = idx[:, :T].clone()
+            other[:, t:] = torch.randint(2, V, other[:, t:].shape)
+            assert torch.equal(model(other)[0][:, :t], logits[:, :t])
+        cache = model.make_cache(3)  # the cache changes nothing
+        parts = torch.cat([model.features(idx[:, a:b], cache) for a, b in [(0, 11), (11, 12), (12, T)]], 1)
+        torch.testing.assert_close(F.linear(parts, model.head_weight), logits, rtol=1e-4, atol=1e-4)
+        torch.save(model.state_dict(), tmp_path / "state.pt")  # saves and loads
+        torch.manual_seed(1)
+        again = build_model(cfg, V)
+        again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        assert torch.equal(again.eval()(idx[:, :T])[0], logits)
+
+
+# --- the chunked loss ---
+
+
+def loss_case(n=101, v=307, d=24, passes=1, dtype=torch.float32):
+    torch.manual_seed(0)
+    hidden = tuple(torch.randn(n, d, dtype=dtype).requires_grad_() for _ in range(passes))
+    return hidden, (torch.randn(v, d, dtype=dtype) * 0.3).requires_grad_(), torch.randint(v, (n,))
+
+
+def value_and_gradients(hidden, weight, targets, chunk, r_drop=0.0):
+    loss = linear_cross_entropy(hidden, weight, targets, chunk, r_drop)
+    return loss, torch.autograd.grad(loss, (weight, *hidden))
+
+
+@pytest.mark.parametrize(("passes", "r_drop"), [(1, 0.0), (2, 0.0), (2, 4.0)])
+@pytest.mark.parametrize("chunk", [1, 7, 100, 101, 500])
+def test_chunks_change_nothing(chunk, passes, r_drop):
+    case = loss_case(passes=passes)
+    for fast, plain in zip(*[torch.utils._pytree.tree_leaves(value_and_gradients(*case, c, r_drop)) for c in (chunk, 0)], strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_mixed_precision_stays_as_close_as_the_plain_loss_does(passes):
+    hidden, weight, targets = loss_case(n=256, passes=passes)
+    exact = value_and_gradients(hidden, weight, targets, 0, passes - 1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain, fast = (value_and_gradients(hidden, weight, targets, chunk, passes - 1) for chunk in (0, 64))
+    assert fast[0].dtype == torch.float32 and abs(fast[0] - exact[0]) <= 2 * abs(plain[0] - exact[0]) + 1e-3
+    for a, b, c in zip(fast[1], plain[1], exact[1], strict=True):
+        assert a.dtype == torch.float32 and (a - c).norm() <= 1.5 * (b - c).norm() + 1e-6
+
+
+def test_weights_in_low_precision_get_gradients_in_low_precision():
+    hidden, weight, targets = loss_case(dtype=torch.bfloat16)
+    loss, grads = value_and_gradients(hidden, weight, targets, 16)
+    assert loss.dtype == torch.float32 and {g.dtype for g in grads} == {torch.bfloat16}
+
+
+def test_hopeless_predictions_have_finite_losses():
+    hidden, weight, targets = loss_case()
+    hidden = (hidden[0].detach() * 1000,)
+    loss = linear_cross_entropy(hidden, weight, targets, 16)
+    assert 1000 < loss < 1e5
+    torch.testing.assert_close(loss, loss_sum(weight, targets, *hidden) / len(targets))
+
+
+def test_two_backward_passes_give_the_same_gradient_and_there_is_no_second_derivative():
+    hidden, weight, targets = loss_case()
+    loss = linear_cross_entropy(hidden, weight, targets, 16)
+    first, second = (torch.autograd.grad(loss * 3, weight, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    (dw,) = torch.autograd.grad(loss, weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="require grad"):
+        dw.sum().backward()
+
+
+def test_evaluation_without_gradients_holds_one_chunk():
+    hidden, weight, targets = loss_case(passes=2)
+    for case in [(hidden[:1], 0.0), (hidden, 3.0)]:
+        expected = linear_cross_entropy(case[0], weight, targets, 0, case[1])
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                loss = linear_cross_entropy(case[0], weight, targets, 16, case[1])
+            assert not loss.requires_grad
+            torch.testing.assert_close(loss, expected)
+
+
+def peak(chunk: int, amp: bool, rows: int = 2048, v: int = 16_000, d: int = 512) -> int:
+    """Bytes alive at most in a forward and backward pass of the loss, its inputs left out; nothing is allocated."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    with FakeTensorMode(), MemTracker() as tracker:
+        hidden, weight = torch.empty(rows, d, requires_grad=True), torch.empty(v, d, requires_grad=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):
+            loss = linear_cross_entropy((hidden,), weight, torch.zeros(rows, dtype=torch.long), chunk)
+        loss.backward()
+    return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"] - (rows + v) * d * 4
+
+
+@pytest.mark.parametrize(("amp", "chunk"), [(False, 512), (True, 256)])
+def test_the_loss_needs_a_quarter_of_the_memory_on_fake_tensors(amp, chunk):
+    assert peak(chunk, amp) < peak(0, amp) / 4
+
+
+def tiny_gpt(*overrides: str, vocab_size: int = V) -> GPT:
+    torch.manual_seed(0)
+    chosen = [*COMMON, "M.hidden_layer=16", "M.dropout=0", "hyperparams.loss_chunk=16", *overrides]
+    return build_model(load_config(overrides=[o.replace("M.", "model_configs.gpt.") for o in chosen]), vocab_size)
+
+
+def step(model, idx, r_drop=0.0):
+    model.zero_grad()
+    _, loss = model(idx[:, :-1], idx[:, 1:], r_drop=r_drop)
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+@pytest.mark.parametrize("title_mask", ["false", "true"])
+def test_the_rest_of_the_model_compiles_in_one_piece(title_mask):
+    model, idx = tiny_gpt(f"hyperparams.title_mask={title_mask}"), rows_of_ids()
+    graphs = []
+
+    def backend(graph, inputs):  # tracing is what may fail; what a real backend makes of the graphs is not ours to test
+        graphs.append([node.target for node in graph.graph.nodes])
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend)
+    for r_drop in (0.0, 2.0):
+        for a, b in zip(step(compiled, idx, r_drop), step(model, idx, r_drop), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert len(graphs) <= 4, "the model fell into pieces"  # up to the loss, and the division after it; for one pass and for two
+    assert not any(torch.softmax in targets for targets in graphs), "the loop over chunks was traced"
+
+
+def test_distributed_training_gets_the_same_gradients(tmp_path):
+    model, idx = tiny_gpt(), rows_of_ids()
+    expected = step(model, idx)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        for a, b in zip(step(wrapped, idx), expected, strict=True):
+            torch.testing.assert_close(a, b)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+# --- interchange with GPT-2 ---
+
+
+@pytest.fixture(scope="module")
+def titles():
+    return sample_titles(600, seed=3)
+
+
+def larger_weights(model: GPT) -> GPT:
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return model.eval()
+
+
+FORMS = [
+    ("bpe", []), ("unigram", ["M.activation_function=relu", "M.tied=false"]),
+    ("challenge", ["M.activation_function=gelu_tanh", "M.mlp_ratio=2.5"]),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), FORMS, ids=lambda x: x if isinstance(x, str) else "")
+def test_a_model_crosses_over_to_gpt2_and_back(kind, options, titles, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = train_tokenizer(titles, titles, kind, 500)
+    model = larger_weights(tiny_gpt(*options, vocab_size=tokenizer.vocab_size))
+    folder = export_gpt2(model, tokenizer, tmp_path / "gpt2")
+    theirs, cut = transformers.AutoModelForCausalLM.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    some = [*titles[:200], "", " led by a space", "Ask HN: <eos> in a title", "naïve 日本語 🎉"]
+    assert [cut(t).input_ids for t in some] == [tokenizer.encode(t) for t in some]
+    idx = torch.randint(3, tokenizer.vocab_size, (2, T))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(idx).logits, model(idx)[0], rtol=0, atol=1e-4)
+        text = torch.ones(1, 1, dtype=torch.long)
+        while text.shape[1] < T and text.tolist()[0][1:].count(1) == 0:
+            text = torch.cat([text, model(text)[0][:, -1:].argmax(-1)], 1)
+    written = theirs.generate(do_sample=False, max_length=T)
+    assert written.tolist() == text.tolist()
+    assert cut.decode(written[0, 1:]) == tokenizer.decode(text[0, 1:].tolist())
+    cfg, back = import_gpt2(folder)
+    assert torch.equal(back.eval()(idx)[0], model(idx)[0])
+    assert parameter_table(build_model(cfg, tokenizer.vocab_size)) == parameter_table(model)
+    assert load_tokenizer(folder / "mainrun_nb").encode(titles[0]) == tokenizer.encode(titles[0])
+
+
+def test_a_bad_export_leaves_nothing_behind(titles, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    tokenizer = train_tokenizer(titles, kind="bpe", vocab_size=300)
+    with pytest.raises(InputError, match="do not belong together"):
+        export_gpt2(tiny_gpt(), tokenizer, tmp_path / "out")
+    model = tiny_gpt(vocab_size=tokenizer.vocab_size)
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match="cannot be written"):
+        export_gpt2(model, tokenizer, tmp_path / "file" / "out")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(InputError, match="pip install"):
+        export_gpt2(model, tokenizer, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "challenge"])
+def test_real_titles_are_cut_alike(kind, hn_titles):
+    opened = gzip.open if hn_titles.suffix == ".gz" else open
+    with opened(hn_titles, "rt", encoding="utf-8") as f:
+        some = [line.strip() for line in itertools.islice(f, 6000)]
+    tokenizer = train_tokenizer(some[:4000], some[4000:5000], kind, 3000)
+    theirs = hf_tokenizer(tokenizer)
+    theirs.encode_special_tokens = kind != "challenge"
+    assert [e.ids for e in theirs.encode_batch(some[3000:])] == [tokenizer.encode(t) for t in some[3000:]]
