@@ -215,6 +215,7 @@ def main() -> None:
     ap.add_argument("--block", type=int, default=128)
     ap.add_argument("--out", type=Path, default=RESULTS / "attention.json", help="the picture goes beside it")
     args = ap.parse_args()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own chatter
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     names = list(dict.fromkeys(["dense", *args.only]))

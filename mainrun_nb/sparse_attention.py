@@ -61,12 +61,10 @@ def sparse_mask(
 ) -> Tensor:  # (H, Tq, Tk); True is allowed
     "The pattern of every head as a boolean mask: the definition that everything faster is judged by."
     i, j, plan = q_pos[:, None], k_pos[None, :], plan_heads(cfg)
-    tables: dict[str, Tensor] = {}
-    for kinds, vert in plan:  # heads that share a pattern share its table
-        parts = [sees(kind, i, j, cfg.local_attn_ctx, cfg.vertsize, vert) for kind in kinds if str((kinds, vert)) not in tables]
-        if parts:
-            tables[str((kinds, vert))] = torch.stack(parts).any(0)
-    return torch.stack([tables[str(key)] for key in plan])
+    tables = {}
+    for name, (kinds, vert) in {str(p): p for p in plan}.items():  # heads that share a pattern share its table
+        tables[name] = torch.stack([sees(kind, i, j, cfg.local_attn_ctx, cfg.vertsize, vert) for kind in kinds]).any(0)
+    return torch.stack([tables[str(p)] for p in plan])
 
 # %% ../nbs/06_sparse_attention.ipynb #058c8450
 def broken_rules(cfg: SparseAttnConfig, context: int) -> dict[str, bool]:
