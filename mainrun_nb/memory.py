@@ -41,10 +41,10 @@ def explain(
     vocab_size: int | None = None,  # of the tokenizer; none: hyperparams.vocab_size
 ) -> dict[str, int]:  # part -> bytes
     "The five parts of a GPT's training step by formula, in float32 and without dropout: a guide, not the peak."
-    hp, gpt = cfg.hyperparams, getattr(cfg.model_configs, cfg.hyperparams.model_architecture)
-    vocab_size = vocab_size or hp.vocab_size
+    hp, vocab_size = cfg.hyperparams, vocab_size or cfg.hyperparams.vocab_size
     with FakeTensorMode():
         n = sum(p.numel() for p in build_model(cfg, vocab_size).parameters())
+    gpt = getattr(cfg.model_configs, hp.model_architecture)
     rows = hp.batch_size * hp.context_length // hp.grad_accum * (2 if hp.r_drop else 1)
     widths = getattr(gpt, "hidden_layer_list", [gpt.hidden_layer] * gpt.n_layer)
     heads = getattr(cfg.attn_configs, gpt.attention_layer).n_head

@@ -98,10 +98,11 @@ class Plan:
 
 
 def make_plan(hp: Hyperparams, n_tokens: int, device: str = "cpu") -> Plan:
-    "The plan for a training stream of `n_tokens`."
+    "The plan for a training stream of `n_tokens`. Raises `InputError` for a stream shorter than a batch or an unknown schedule."
     batches = steps_per_epoch(n_tokens, hp.batch_size, hp.context_length)
     max_steps = min(hp.epochs * batches, hp.max_steps or hp.epochs * batches)
     eval_every = max(1, min(batches, max_steps) // hp.evals_per_epoch)
+    lr_factor(0, max_steps, hp)  # refuses an unknown schedule while nothing is written yet
     return Plan(max_steps, eval_every, hp.save_every, 10 if device == "cuda" else 1)
 
 # %% ../nbs/17_trainer.ipynb #542510c1
@@ -600,7 +601,10 @@ def before_training(cfg: Config, run_dir: Path, resume: bool, device: torch.devi
 # %% ../nbs/17_trainer.ipynb #6e928cad
 def claim(held: ExitStack, run_dir: Path, cfg: Config, resume: bool, data: RunData) -> Checkpoint | None:
     "Hold the run folder for this process; the checkpoint to go on from. Raises `InputError`."
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"{run_dir}: cannot be created ({e.strerror})") from None
     held.enter_context(run_lock(run_dir))
     going_on = check_folder(run_dir, cfg, resume)
     sweep_scratch(run_dir)
