@@ -39,6 +39,37 @@ def test_there_are_base_configurations():
     assert {"baseline", "quickstart", "small"} <= {p.stem for p in BASE}
 
 
+LISTS = [  # the assessment's, with whether mirrored layers are equally wide
+    ([512, 512, 512, 512, 512, 512], True), ([512, 256, 256, 128, 128, 256], False), ([512, 384, 256, 256, 384, 512], True),
+    ([256, 256, 128, 128, 256, 256], True), ([256, 192, 128, 128, 192, 256], True), ([512, 256, 128, 128, 256, 512], True),
+    ([256, 512, 1024, 512, 256, 256], False),
+]
+
+
+@pytest.mark.parametrize(("widths", "mirrored"), LISTS, ids=lambda x: "-".join(map(str, x)) if isinstance(x, list) else "")
+def test_the_lists_of_the_assessment_run(widths, mirrored):
+    base = ["hyperparams.model_architecture=unet_gpt", "hyperparams.context_length=16", "model_configs.unet_gpt.d_model=256"]
+    base.append(f"model_configs.unet_gpt.hidden_layer_list={widths}")
+    bridged = [*base, "model_configs.unet_gpt.skip_connections=true"]
+    if not mirrored:
+        with pytest.raises(InputError, match="equally wide"):
+            build_model(load_config(overrides=bridged), 50)
+    model = build_model(load_config(overrides=bridged if mirrored else base), 50)
+    idx = torch.randint(50, (1, 9))
+    _, loss = model(idx[:, :-1], idx[:, 1:])
+    loss.backward()
+    assert loss.isfinite() and all(p.grad is not None and p.grad.any() for p in model.parameters())
+    assert [block.attn.inner.qkv.in_features for block in model.blocks] == widths
+
+
+@pytest.mark.parametrize("bad", ["[]", "[0]", "[256,-8]", "[256,100]", "[a]", "256"])
+def test_lists_that_cannot_be_are_refused(bad):
+    overrides = ["hyperparams.model_architecture=unet_gpt", f"model_configs.unet_gpt.hidden_layer_list={bad}"]
+    with pytest.raises(InputError, match="hidden_layer_list") as e:
+        build_model(load_config(overrides=overrides), 50)
+    assert "\n" not in str(e.value)
+
+
 # --- every option beside every other ---
 
 V, T = 47, 29
