@@ -104,8 +104,9 @@ def train_cli(
 
     needed(config=config, out=out)
     result = train(load_config(config, (*overrides, *(TEST_BUDGET if test else ()))), out, resume=resume)
-    print(f"\n{summary(result)}\n", file=sys.stderr)
-    print(json.dumps(result.metrics))
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes the first one speaks
+        print(f"\n{summary(result)}\n", file=sys.stderr)
+        print(json.dumps(result.metrics))
 
 # %% ../nbs/20_cli.ipynb #a0b34354
 def evaluate_run(

@@ -76,16 +76,13 @@ def finished(tmp_path_factory):
 
 def in_child(overrides, run_dir, on_event=None, env=()):
     """The body of a child: one thread, `train`, and an exit code as the command would give."""
-    from mainrun_nb.cli import console
+    from mainrun_nb.cli import for_people
 
     os.environ.update(env)
     sys.stderr = open(f"{run_dir}.err", "a", buffering=1)
     torch.set_num_threads(1)
-
-    def body_cli():
+    with for_people("mainrun-train"):
         quick(tiny(*overrides), run_dir, resume=True, on_event=on_event)
-
-    console(body_cli)()
 
 
 def start(overrides, run_dir, on_event=None, env=()):
