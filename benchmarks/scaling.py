@@ -1,0 +1,141 @@
+"""Two small studies behind chapter 19, on one core: loss against model size and data, and steps against batch size.
+
+    HN_TITLES=titles.txt.gz python benchmarks/scaling.py runs      -> benchmarks/results/scaling.csv
+    HN_TITLES=titles.txt.gz python benchmarks/scaling.py batches   -> benchmarks/results/batches.csv
+
+`runs`: four GPTs of 14 thousand to 448 thousand non-embedding parameters, each trained on 1/8, 1/4 and 1/2 of one pass over the
+36,000 training titles of a draw of 40,000 (no token is seen twice), the two smaller ones also on all of it, each with a whole schedule
+of its own; three seeds in one place, to know the noise. The optimizer is Muon at one pair of learning rates for every run, not tuned
+for each.
+
+`batches`: the smallest GPT, trained by AdamW on a draw of 60,000 titles with batches of 4 to 128 rows of 64 tokens until it predicts
+16,384 validation tokens with 5.6 nats each, at each of three learning rates, constant after ten steps; a run that takes more steps
+than a better one of its batch size is cut off. From the same steps, each in four micro-batches, comes the gradient noise scale over
+the second half of the run.
+
+Rows are written as they are measured: a study that was stopped goes on where it was.
+"""
+
+import argparse
+import csv
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mainrun_nb.config import Config, load_config
+from mainrun_nb.evaluate import total_nats, windows
+from mainrun_nb.models import count_parameters
+from mainrun_nb.scaling import noise_scale
+from mainrun_nb.trainer import RunData, evaluate_state, make_plan, make_state, prepare_data, take_step
+
+RESULTS = Path(__file__).parent / "results"
+SIZES = [(24, 2, 2), (48, 2, 4), (64, 3, 4), (96, 4, 6)]  # width, layers, heads
+SHARES = [1 / 8, 1 / 4, 1 / 2]  # of one pass over the training stream
+
+BASE = ["data.source=${oc.env:HN_TITLES}", "hyperparams.num_titles=40000", "hyperparams.epochs=1", "hyperparams.vocab_size=2000",
+        "tokenizer.kind=bpe", "hyperparams.context_length=128", "hyperparams.batch_size=8", "hyperparams.optimizer=muon",
+        "hyperparams.lr=0.02", "hyperparams.adamw_lr=0.005", "hyperparams.betas=[0.9,0.95]", "hyperparams.weight_decay=0.1",
+        "hyperparams.scheduler=cosine", "hyperparams.warmup=0.05", "model_configs.gpt.dropout=0",
+        "model_configs.gpt.position=rope", "model_configs.gpt.residual_scaling=true"]
+
+
+def configured(width: int, layers: int, heads: int, *more: str) -> Config:
+    "The configuration of a GPT of this shape."
+    shape = [f"model_configs.gpt.{k}={width}" for k in ("d_model", "hidden_layer")]
+    shape += [f"model_configs.gpt.n_layer={layers}", f"attn_configs.causal.n_head={heads}"]
+    return load_config(overrides=[*BASE, *shape, *more])
+
+
+def train_once(cfg: Config, data: RunData, share: float) -> dict:
+    "One run over a share of one pass, and what came of it."
+    hp, cpu = cfg.hyperparams, time.process_time()
+    plan = make_plan(hp, int(share * len(data.train_ids)))
+    state = make_state(cfg, data.tokenizer.vocab_size, torch.device("cpu"))
+    while state.step < plan.max_steps:
+        take_step(state, state.model, data.train_ids, slice(None), hp, plan.max_steps)
+    metrics, gpt = evaluate_state(state, data, cfg, challenge=False), cfg.model_configs.gpt
+    return {"n": count_parameters(state.model, embeddings=False), "d": state.step * hp.batch_size * hp.context_length,
+            "loss": round(metrics["val/loss"], 5), "nats_per_token": round(metrics["val/nats_per_token"], 5), "width": gpt.d_model,
+            "layers": gpt.n_layer, "steps": state.step, "seed": hp.seed, "cpu_seconds": round(time.process_time() - cpu, 1)}
+
+
+def measure_runs() -> Iterator[tuple[dict, object]]:
+    "What identifies each run of the first study, and a function that makes it."
+    data = prepare_data(configured(*SIZES[0]))
+    plan = [(shape, share, 1337) for share in SHARES for shape in SIZES] + [(SIZES[1], 1 / 4, seed) for seed in (1, 2)]
+    plan += [(shape, 1, 1337) for shape in SIZES[:2]]
+    for shape, share, seed in plan:
+        cfg = configured(*shape, f"hyperparams.seed={seed}")
+        steps = make_plan(cfg.hyperparams, int(share * len(data.train_ids))).max_steps
+        key = {"width": shape[0], "layers": shape[1], "seed": seed, "steps": steps}
+        yield key, lambda cfg=cfg, share=share: train_once(cfg, data, share)
+
+
+def steps_to(cfg: Config, data: RunData, target: float, cap: int) -> dict:
+    "Steps (interpolated) until the loss on the first 16,384 validation tokens is `target`, and the noise scale on the way."
+    hp, check = cfg.hyperparams, data.val_ids[:16_384]
+    state, norms, due, before = make_state(cfg, data.tokenizer.vocab_size, torch.device("cpu")), [], 1, (0, math.inf)
+    while state.step < cap:
+        result = take_step(state, state.model, data.train_ids, slice(None), hp, cap).result
+        norms.append((result.micro_norm.item() ** 2, result.grad_norm.item() ** 2))
+        if state.step < min(due, cap):
+            continue
+        loss = total_nats(state.model, windows(check, hp.context_length, 64)) / len(check)
+        if loss <= target:
+            steps = before[0] + (state.step - before[0]) * (before[1] - target) / (before[1] - loss)
+            noise = noise_scale(*np.array(norms[len(norms) // 2 :]).T, hp.batch_size / hp.grad_accum, hp.batch_size, block=5)
+            found = {"steps": steps, "noise": noise.b_simple, "noise_low": noise.low, "noise_high": noise.high}
+            return {k: round(v, 1) for k, v in found.items()}
+        before, due = (state.step, loss), math.ceil(state.step * 1.06)
+    return {"steps": "", "noise": "", "noise_low": "", "noise_high": ""}
+
+
+def measure_batches() -> Iterator[tuple[dict, object]]:
+    "What identifies each run of the second study, and a function that makes it."
+    kind = ["hyperparams.num_titles=60000", "hyperparams.optimizer=adamw", "hyperparams.scheduler=none", "hyperparams.grad_accum=4",
+            "hyperparams.context_length=64"]
+    data, best = prepare_data(configured(*SIZES[0], *kind)), {}
+
+    def measure(rows: int, lr: float) -> dict:
+        cap, cpu = int(best.get(rows, 4_000_000 / (rows * 64))), time.process_time()
+        cfg = configured(*SIZES[0], *kind, f"hyperparams.batch_size={rows}", f"hyperparams.lr={lr}", f"hyperparams.warmup={10 / cap}")
+        found = steps_to(cfg, data, 5.6, cap)
+        best[rows] = min(found["steps"] or cap, cap)
+        return {"rows": rows, "tokens_per_row": 64, "lr": lr, "target": 5.6, **found, "cpu_seconds": round(time.process_time() - cpu, 1)}
+
+    for rows in (16, 32, 64, 8, 128, 4):
+        for lr in (0.0133, 0.0094, 0.0188 if rows >= 16 else 0.0067):
+            yield {"rows": rows, "lr": lr}, lambda rows=rows, lr=lr: measure(rows, lr)
+
+
+STUDIES = {"runs": (measure_runs, "scaling.csv"), "batches": (measure_batches, "batches.csv")}
+
+
+def main() -> None:
+    "Run a study, one CSV line for each run as it ends."
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=STUDIES)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    study, name = STUDIES[args.study]
+    path = RESULTS / name
+    path.parent.mkdir(exist_ok=True)
+    for key, measure in study():
+        done = list(csv.DictReader(path.open())) if path.exists() else []
+        if any(all(row[k] == str(v) for k, v in key.items()) for row in done):
+            continue
+        row = measure()
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, list(row))
+            if not done:
+                writer.writeheader()
+            writer.writerow(row)
+        print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()

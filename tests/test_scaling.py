@@ -1,0 +1,151 @@
+"Noise scale and scaling laws where the answer is known, on more cases than the chapter shows."
+
+import csv
+import importlib.util
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from mainrun_nb.config import InputError, load_config
+from mainrun_nb.evaluate import attention_distance
+from mainrun_nb.models import build_model
+from mainrun_nb.scaling import (
+    ScalingLaw,
+    compute_optimal,
+    fit_batches,
+    fit_chinchilla,
+    fit_power_law,
+    logged_noise,
+    noise_parts,
+    noise_scale,
+    runs_table,
+)
+from mainrun_nb.trainer import train
+
+TINY = ["data.source=synthetic", "tokenizer.kind=bpe", "hyperparams.vocab_size=300", "hyperparams.num_titles=800",
+        "hyperparams.context_length=16", "hyperparams.batch_size=8", "hyperparams.optimizer=adamw", "hyperparams.lr=0.01",
+        "hyperparams.device=cpu", "hyperparams.evals_per_epoch=1", "model_configs.gpt.d_model=16", "model_configs.gpt.hidden_layer=16",
+        "model_configs.gpt.n_layer=1", "attn_configs.causal.n_head=2"]
+
+
+@pytest.mark.parametrize(("small", "big"), [(1, 2), (2, 64), (0.5, 8)])
+def test_the_parts_undo_the_formula(small, big):
+    grad_sq, trace = noise_parts(3 + 7 / small, 3 + 7 / big, small, big)
+    assert grad_sq == pytest.approx(3) and trace == pytest.approx(7)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_the_noise_scale_does_not_depend_on_units(scale):
+    rng = np.random.default_rng(0)
+    small, big = 5 + rng.random(50), 3 + rng.random(50)
+    one, other = noise_scale(small, big, 2, 16), noise_scale(scale * small, scale * big, 2, 16)
+    assert other.b_simple == pytest.approx(one.b_simple) and other.low == pytest.approx(one.low) and other.high == pytest.approx(one.high)
+
+
+def test_correlated_steps_widen_the_band_where_blocks_are_drawn():
+    rng = np.random.default_rng(0)
+    drift = 1 + np.repeat(rng.random(20), 20)  # stretches of 20 steps that share their noise
+    small, big = 10 * drift, 2 + 3 * drift
+    alone, blocks = (noise_scale(small, big, 1, 4, block=b) for b in (1, 20))
+    assert blocks.high - blocks.low > 2 * (alone.high - alone.low) > 0
+    assert blocks.b_simple == alone.b_simple
+
+
+@pytest.mark.parametrize("bad", [([1.0, math.nan], [1.0, 1.0], 1, 2), ([], [], 1, 2), ([1.0, 2.0], [1.0, 1.0], 2, 2)])
+def test_norms_that_say_nothing_are_refused(bad):
+    with pytest.raises(InputError, match="noise scale"):
+        noise_scale(*bad)
+
+
+def test_a_run_with_micro_batches_logs_its_noise_and_stands_in_the_table(tmp_path):
+    run = train(load_config(overrides=[*TINY, "hyperparams.grad_accum=2", "hyperparams.max_steps=12"]), tmp_path / "a", progress=False)
+    found = logged_noise(run.run_dir, stretches=3)
+    assert [step for step, _, _ in found] == [4, 8, 12] and all(s.low <= s.b_simple <= s.high for _, _, s in found)
+    events = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = [e for e in events if e["event"] == "training_step"]
+    same = noise_scale([e["micro_grad_norm"] ** 2 for e in steps[:4]], [e["grad_norm"] ** 2 for e in steps[:4]], 4, 8)
+    assert same.b_simple == found[0][2].b_simple
+    row, = runs_table(tmp_path)
+    assert row["name"] == "a" and row["d"] == 12 * 8 * 16 and row["c"] == 6 * row["n"] * row["d"] and row["seed"] == 1337
+    assert row["n"] == run.metrics["parameters_non_embedding"] and row["loss"] == run.loss and 0 < row["epochs"] < 1
+
+
+def test_a_run_without_micro_batches_says_what_is_missing(tmp_path):
+    run = train(load_config(overrides=[*TINY, "hyperparams.max_steps=2"]), tmp_path / "a", progress=False)
+    with pytest.raises(InputError, match="grad_accum"):
+        logged_noise(run.run_dir)
+
+
+@pytest.mark.parametrize(("alpha", "beta", "floor"), [(0.34, 0.28, 1.69), (0.5, 0.2, 0.9), (0.15, 0.6, 1.2)])
+def test_known_exponents_come_back_at_any_scale(alpha, beta, floor):
+    for low in (1e4, 1e8):
+        n, d = (a.ravel() for a in np.meshgrid(np.geomspace(low, 1000 * low, 5), np.geomspace(10 * low, 1e4 * low, 5)))
+        truth = ScalingLaw(("N", "D"), (low**alpha, (10 * low) ** beta), (alpha, beta), floor)
+        found = fit_chinchilla(n, d, truth(n, d), draws=0)
+        assert (*found.exponents, found.floor) == pytest.approx((alpha, beta, floor), abs=2e-2)
+        assert found(n, d) == pytest.approx(truth(n, d), rel=1e-3)
+
+
+def test_one_run_that_diverged_does_not_steer_the_fit():
+    x = np.geomspace(1e4, 1e7, 12)
+    loss = 2e1 / x**0.2 * np.exp(0.003 * np.random.default_rng(0).normal(size=12))
+    spoilt = np.where(np.arange(12) == 11, 3 * loss, loss)
+    cases = [(loss, 0.01), (spoilt, 0.01), (spoilt, 10)]
+    clean, robust, least_squares = (fit_power_law(x, y, delta=delta, draws=0).exponents[0] for y, delta in cases)
+    assert clean == pytest.approx(0.2, abs=0.005) and robust == pytest.approx(0.2, abs=0.02) and abs(least_squares - 0.2) > 0.05
+
+
+def test_intervals_hold_the_truth_most_of_the_time():
+    x, held = np.geomspace(1e4, 1e7, 10), 0
+    for seed in range(40):
+        loss = 2e1 / x**0.2 * np.exp(0.02 * np.random.default_rng(seed).normal(size=10))
+        low, high = fit_power_law(x, loss, "N", draws=60, seed=seed).intervals["exponent N"]
+        held += low <= 0.2 <= high
+    assert 30 <= held  # a bootstrap of ten runs is a little too sure of itself
+
+
+def test_the_best_split_balances_both_terms():
+    law = ScalingLaw(("N", "D"), (400.0, 400.0), (0.3, 0.3), 1.0)
+    n, d = compute_optimal(law, np.array([6e12, 6e18]))
+    assert n == pytest.approx([1e6, 1e9]) and d == pytest.approx([1e6, 1e9])  # a law that treats both alike
+
+
+def test_a_batch_law_is_exact_and_refuses_two_sizes():
+    law = fit_batches([2, 8, 32, 128], [100 * (1 + 20 / b) for b in (2, 8, 32, 128)])
+    assert (law.min_steps, law.critical) == pytest.approx((100, 20)) and law.low <= 20.001 and law.high >= 19.999
+    with pytest.raises(InputError, match="three"):
+        fit_batches([2, 4], [2, 1])
+
+
+def test_a_ledger_with_unknown_columns_is_refused(tmp_path):
+    path = tmp_path / "results.csv"
+    path.write_text("val/loss,n\n1.5,100\n")
+    with pytest.raises(InputError, match="d or tokens"):
+        runs_table(path)
+    path.write_text("val/loss,n,d\n1.5,many,100\n")
+    with pytest.raises(InputError, match="many"):
+        runs_table(path)
+
+
+def test_the_committed_study_is_what_its_script_says(root):
+    spec = importlib.util.spec_from_file_location("benchmark_scaling", root / "benchmarks" / "scaling.py")
+    study = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(study)
+    rows = list(csv.DictReader((root / "benchmarks" / "results" / "scaling.csv").open()))
+    assert len({(r["width"], r["steps"], r["seed"]) for r in rows}) == len(rows) >= len(study.SIZES) * len(study.SHARES)
+    for width, layers, heads in study.SIZES:
+        model = build_model(study.configured(width, layers, heads, "data.source=synthetic"), 2000)
+        body = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("embed"))
+        assert {int(r["n"]) for r in rows if r["width"] == str(width)} == {body}
+
+
+def test_attention_distance_refuses_other_layers():
+    cfg = load_config(overrides=[*TINY, "model_configs.gpt.attention_layer=sparse", "attn_configs.sparse.n_head=2",
+                                 "attn_configs.sparse.local_attn_ctx=8", "attn_configs.sparse.sparseblocksize=8"])
+    import mainrun_nb.sparse_attention  # noqa: F401  registers the layer
+
+    with pytest.raises(InputError, match="causal"):
+        attention_distance(build_model(cfg, 300), torch.arange(100))
