@@ -2,6 +2,7 @@
 
     python benchmarks/attention.py                       all variants, T = 256 .. 16384 -> benchmarks/results/attention.json, .png
     python benchmarks/attention.py --lengths 256 8192 --only local fixed_c1
+    python benchmarks/attention.py --threads 1 --clock cpu    on a machine that others are using: CPU seconds of one thread
 
 Every variant computes the same job: B 1, H 4, D 32, float32, block = stride = window = 128 (DESIGN's budgets are in this shape).
 For each length the variants take turns, round after round, so that a busy moment of the machine falls on all of them; a figure is
@@ -103,10 +104,14 @@ sparse("fixed_c8", attn_type="fixed", vertsize=8, num_verts=2)
 sparse("fixed_c8_merged", attn_type="fixed", vertsize=8, num_verts=4, merged=True)
 
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+read_clock = CLOCKS["wall"]
+
+
 def clock(device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter()
+    return read_clock()
 
 
 def once(case: Case, grad: Tensor, device: str) -> tuple[float, float]:
@@ -181,25 +186,24 @@ def picture(result: dict, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    colours = plt.get_cmap("tab10").colors
-    markers = "osD^v<>pP*Xh"
+    fig, axes = plt.subplots(1, 2, figsize=(12, 6.2), layout="constrained")
+    colours = ["#000000", "#999999", "#0072b2", "#e69f00", "#d55e00", "#56b4e9", "#009e73", "#cc79a7"]  # Okabe and Ito
     panels = [("both_ms", 1, "forward + backward (ms)", "time"), ("peak_bytes", 2**-20, "peak memory (MiB)", "memory")]
     for ax, (key, scale, label, what) in zip(axes, panels, strict=True):
         for i, (name, rows) in enumerate(result["variants"].items()):
-            lengths = sorted(int(t) for t in rows)
-            slope = result["exponents"][name][what]
-            text = name if slope is None else f"{name}  (T^{slope:.2f})"
-            values = [rows[str(t)][key] * scale for t in lengths]
-            ax.loglog(lengths, values, marker=markers[i % len(markers)], color=colours[i % 10], ms=5, lw=1.5, label=text)
-        ax.set(xlabel="sequence length T (tokens)", ylabel=label, xticks=result["lengths"])
-        ax.set_xticklabels([str(t) for t in result["lengths"]], rotation=45)
+            lengths, slope = sorted(map(int, rows)), result["exponents"][name][what]
+            text = name if slope is None else f"{name}: $T^{{{slope:.2f}}}$"
+            style = {"color": colours[i % len(colours)], "marker": "osD^v<>pP*Xh"[i % 12], "ls": "-" if i < len(colours) else "--"}
+            ax.loglog(lengths, [rows[str(t)][key] * scale for t in lengths], ms=5, lw=1.5, label=text, **style)
+        ax.set(xlabel="length T (tokens)", ylabel=label, xticks=result["lengths"])
+        ax.set_xticklabels([str(t) for t in result["lengths"]])
         ax.minorticks_off()
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=8)
-    s = result["shape"]
-    fig.suptitle(f"B {s['B']}, H {s['H']}, D {s['D']}, float32, block {s['block']}, {result['device']}; exponents fitted from T = 2048 on")
-    fig.savefig(path, dpi=110)
+        ax.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False)
+    s, m = result["shape"], result["machine"]
+    where = m["gpu"] or f"{m['cpu']}, {m['threads']} thread{'s' if m['threads'] > 1 else ''}, {result['clock']} time"
+    fig.suptitle(f"B {s['B']}, H {s['H']}, D {s['D']}, float32, block {s['block']}; {where}; exponents from T = 2048 on", fontsize=11)
+    fig.savefig(path, dpi=90)
 
 
 def main() -> None:
@@ -210,11 +214,14 @@ def main() -> None:
     ap.add_argument("--seconds", type=float, default=20, help="per length; at least 3 rounds are made")
     ap.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     ap.add_argument("--threads", type=int, default=torch.get_num_threads())
+    ap.add_argument("--clock", choices=list(CLOCKS), default="wall")
     ap.add_argument("--batch", type=int, default=1)
     ap.add_argument("--heads", type=int, default=4)
     ap.add_argument("--block", type=int, default=128)
     ap.add_argument("--out", type=Path, default=RESULTS / "attention.json", help="the picture goes beside it")
     args = ap.parse_args()
+    global read_clock
+    read_clock = CLOCKS[args.clock]
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own chatter
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
@@ -232,7 +239,7 @@ def main() -> None:
     exponents = {n: {what: exponent(list(map(int, rows)), [r[key] for r in rows.values()]) for what, key in keys.items()}
                  for n, rows in variants.items()}
     fixed_shape = {k: v for k, v in asdict(Shape(T=0, **shape)).items() if k not in ("T", "device")}
-    result = {"machine": machine(args.device), "device": args.device, "shape": fixed_shape, "lengths": args.lengths,
+    result = {"machine": machine(args.device), "device": args.device, "clock": args.clock, "shape": fixed_shape, "lengths": args.lengths,
               "variants": variants, "exponents": exponents}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -360,7 +360,6 @@ class _Attend(torch.autograd.Function):
         total = [x.new_empty(x.shape, dtype=e.dtype) for x in (q, *kv[:2])] + [x.new_zeros(x.shape, dtype=e.dtype) for x in kv[2:]]
         stores = {"text": kv[:2], "self": kv[:2], "summary": kv[2:]}
         grads: dict[str, Any] = {"q": total[0], "text": total[1:3], "self": total[1:3], "summary": total[3:]}
-        g = g.contiguous() if g.stride(-1) != 1 else g
         _backward(ctx.pieces, g, q, out, e, stores, grads, ctx.titles, ctx.dropout, ctx.keeps)
         return (None, None, None, *(x.to(q.dtype) for x in total))
 

@@ -90,14 +90,15 @@ def test_the_portable_engine_is_the_same_function(pattern, monkeypatch):
         assert gap(lambda *x: attend_blocks(*x, cfg, titles), lambda *x: attend_masked(*x, cfg, titles), *qkv) < 1e-5  # noqa: B023
 
 
-def test_gradients_whatever_the_strides():
+@pytest.mark.parametrize("fn", [attend_blocks, attend_sparse], ids=["blocks", "short"])
+def test_gradients_whatever_the_strides(fn):
     "An expanded gradient (of a plain sum) and inputs whose channels are not adjacent."
     torch.manual_seed(0)
-    cfg = settings(PATTERNS[4])
+    cfg, titles = settings(PATTERNS[4]), random_titles(2, 25)
     for layout in [lambda x: x, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), lambda x: x.mT.contiguous().mT]:
         q, k, v = (layout(torch.randn(2, 4, 25, 8)).requires_grad_() for _ in range(3))
-        fast = torch.autograd.grad(attend_blocks(q, k, v, cfg).sum(), (q, k, v))
-        plain = torch.autograd.grad(attend_masked(q, k, v, cfg).sum(), (q, k, v))
+        fast = torch.autograd.grad(fn(q, k, v, cfg, titles).sum(), (q, k, v))
+        plain = torch.autograd.grad(attend_masked(q, k, v, cfg, titles).sum(), (q, k, v))
         for a, b in zip(fast, plain, strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
