@@ -187,7 +187,8 @@ def chunk_gradients(
         if g.dtype == d_head.dtype:
             d_head.addmm_(g.T, h)
         else:
-            d_head += g.T @ h
+            for some, part in zip(d_head.split(4096), g.split(4096, 1), strict=True):  # adding in two precisions makes a copy: a small one
+                some += part.T @ h
     return loss, d_rows
 
 # %% ../nbs/08_gpt.ipynb #af5488b1
