@@ -934,7 +934,7 @@ def plot_overview(board: Leaderboard) -> Any:
     "Distribution of the metric, how trials ended, and the metric against time: a matplotlib figure."
     from matplotlib.figure import Figure
 
-    fig = Figure(figsize=(9, 2.6), layout="constrained")
+    fig = Figure(figsize=(9, 2.6), layout="constrained", dpi=72)
     left, middle, right = fig.subplots(1, 3)
     values = [t.value for t in board.ranked]
     left.hist(values, bins=min(20, max(5, len(values) // 2)))
@@ -955,7 +955,7 @@ def plot_settings(board: Leaderboard) -> Any:
     order = {k: -v for k, v in importance(board).items()}
     axes = sorted((axis_of(k, board.ranked) for k in board.keys), key=lambda a: order.get(a.key, 0.0))[:8]
     rows = max(1, -(-len(axes) // 4))
-    fig = Figure(figsize=(9, 2.3 * rows), layout="constrained")
+    fig = Figure(figsize=(9, 2.3 * rows), layout="constrained", dpi=72)
     panels = fig.subplots(rows, 4, sharey=True, squeeze=False).ravel()
     for panel, axis in zip(panels, axes, strict=False):
         panel.scatter(axis.places, [t.value for t in board.ranked], s=12)
@@ -972,7 +972,7 @@ def plot_parallel(board: Leaderboard) -> Any:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    fig = Figure(figsize=(9, 2.8), layout="constrained")
+    fig = Figure(figsize=(9, 2.8), layout="constrained", dpi=72)
     left, right = fig.subplots(1, 2, width_ratios=[2, 1])
     axes, shares, n = [axis_of(k, board.ranked) for k in board.keys], importance(board), len(board.ranked)
     lines = np.array([a.unit for a in axes]).T.reshape(n, len(axes))

@@ -37,7 +37,8 @@ def folder(tmp_path) -> Path:
 def test_the_page_has_what_it_should(folder):
     text = write_html(folder).read_text()
     for part in ("1 failed, 1 invalid, 1 pruned, 1 skipped", "20 complete", "<th>coverage</th>", "0.8750",
-                 "exploded &amp; &lt;died&gt;", "my &lt;sweep&gt;", "Importance", "All settings", "Against time", "Against hyperparams.lr", "Distribution", "Along the way"):  # fmt: skip
+                 "exploded &amp; &lt;died&gt;", "my &lt;sweep&gt;", "Importance", "All settings", "Against time",
+                 "Against hyperparams.lr", "Distribution", "Along the way"):  # fmt: skip
         assert part in text, part
     assert "<died>" not in text and text.count("Plotly.newPlot(") >= 8
     assert "<script src=" not in text and "<link" not in text, "not self-contained"
@@ -111,7 +112,8 @@ def test_the_page_in_a_browser(folder, tmp_path):
         wait_for(lambda: port.exists() and port.read_text().splitlines()[1:], 60)
         page = Page(int(port.read_text().splitlines()[0]), f"file://{plain}")
         figures = page_path.read_text().count('id="figure-')
-        wait_for(lambda: page.evaluate("document.querySelectorAll('.js-plotly-plot .main-svg .plot').length") >= figures, 60)
+        ready = "document.readyState == 'complete' && document.querySelectorAll('.js-plotly-plot .main-svg').length"
+        wait_for(lambda: page.evaluate(ready) >= figures, 90)
         drawn = page.evaluate("[...document.querySelectorAll('.js-plotly-plot')].map(d => d.querySelectorAll("
                               "'.scatterlayer path, .barlayer path').length)")
         assert len(drawn) == figures and all(n > 0 for n in drawn), drawn

@@ -1,0 +1,98 @@
+"""What a sweep costs beside the training itself: overhead of a papermill trial, and trials per hour with one and two workers.
+
+    python benchmarks/sweep.py [--quick] [--json FILE]
+
+Overhead: the wall time of one trial as the sweep runs it (a process, papermill, a kernel, the imports, the run), less that of the same
+run by `mainrun-train` in a process of its own, and less that of the same run called from a Python that has everything imported already.
+The budget is 4 s above the former. All three in turn, several times; medians.
+"""
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+BASE = """
+hyperparams: {num_titles: 5000, vocab_size: 1000, epochs: 9, context_length: 64, batch_size: 16, optimizer: adamw, lr: 0.003,
+              max_steps: STEPS, evals_per_epoch: 2, device: cpu}
+model_configs: {gpt: {d_model: 64, hidden_layer: 64, n_layer: 2, dropout: 0.0}}
+attn_configs: {causal: {n_head: 4}}
+data: {source: synthetic}
+tokenizer: {kind: bpe}
+"""
+FAST = "from sys import argv as a; from mainrun_nb.cli import train_cli; train_cli(config=a[1], out=a[2])"
+
+
+def timed(work) -> float:
+    """Seconds that a call takes."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def overhead(folder: Path, repeats: int) -> dict[str, float]:
+    """Median seconds of a trial as a notebook, as a process, and from Python."""
+    from mainrun_nb.config import load_config
+    from mainrun_nb.sweep import watch_trial
+    from mainrun_nb.trainer import train
+
+    base, env = str(folder / "base.yaml"), {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    times: dict[str, list[float]] = {"notebook": [], "process": [], "python": []}
+    train(load_config(base), folder / "warm", progress=False)
+    for i in range(repeats):
+        for name in ("notebook", "process"):
+            where = folder / f"{name}{i}"
+            where.mkdir()
+            times[name].append(timed(lambda w=where, n=name: watch_trial(str(w), base, [], n == "process", env)))
+            assert (where / "run" / "result.json").exists(), (where / "trial.log").read_text()[-2000:]
+        times["python"].append(timed(lambda n=i: train(load_config(base), folder / f"python{n}", progress=False)))
+    medians = {name: statistics.median(t) for name, t in times.items()}
+    return {**medians, "overhead_over_process": medians["notebook"] - medians["process"],
+            "overhead_over_python": medians["notebook"] - medians["python"]}
+
+
+def pace(folder: Path, jobs: int, trials: int, fast: bool) -> float:
+    """Trials per hour of a sweep in a process of its own."""
+    search = folder / "search.yaml"
+    search.write_text("method: random\nparameters: {hyperparams.lr: {distribution: log_uniform_values, min: 1.0e-4, max: 1.0e-2}}")
+    code = ("import sys; from mainrun_nb.sweep import run_sweep; s, b, o, n, j, f = sys.argv[1:]; "
+            "board = run_sweep(s, b, o, trials=int(n), jobs=int(j), fast=f == 'True', progress=False); "
+            "assert board.counts == {'complete': int(n)}")
+    paths = [str(search), str(folder / "base.yaml"), str(folder / f"sweep{jobs}{fast}")]
+    command = [sys.executable, "-c", code, *paths, str(trials), str(jobs), str(fast)]
+    return 3600 * trials / timed(lambda: subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one repetition, two trials")
+    parser.add_argument("--json", type=Path, help="where to write the result")
+    args = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    import torch
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    with tempfile.TemporaryDirectory() as tmp:
+        folder = Path(tmp)
+        (folder / "base.yaml").write_text(BASE.replace("STEPS", "50" if args.quick else "200"))
+        result: dict = {"seconds": overhead(folder, 1 if args.quick else 5), "cores": os.cpu_count(), "steps": 50 if args.quick else 200}
+        if not args.quick:
+            plan = [("notebook", False, 6), ("fast", True, 6)]
+        else:
+            plan = [("fast", True, 2)]
+        result["trials_per_hour"] = {f"{name}, {j} workers": pace(folder, j, n, fast) for name, fast, n in plan for j in (1, 2)}
+    text = json.dumps(result, indent=1)
+    print(text)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
