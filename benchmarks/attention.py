@@ -31,6 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 from mainrun_nb.attention import attend_plain
 from mainrun_nb.config import SparseAttnConfig
 from mainrun_nb.sparse_attention import attend_sparse, sparse_bias
+from mainrun_nb.sparsek import Selection, sparsek_fast
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -102,6 +103,14 @@ sparse("fixed_c1", attn_type="fixed", vertsize=1, num_verts=1)
 sparse("fixed_c1_merged", attn_type="fixed", vertsize=1, num_verts=1, merged=True)
 sparse("fixed_c8", attn_type="fixed", vertsize=8, num_verts=2)
 sparse("fixed_c8_merged", attn_type="fixed", vertsize=8, num_verts=4, merged=True)
+
+
+@variant("sparsek")
+def sparsek(shape: Shape) -> Case:
+    "k 64 of 256 candidates beside the window; the scores are an input that wants a gradient too."
+    rule = Selection(k=64, candidates=256, window=shape.block)
+    scores = torch.randn(shape.B, shape.H, shape.T, device=shape.device, requires_grad=True)
+    return Case(lambda q, k, v, u: sparsek_fast(q, k, v, u, rule)[0], [*shape.qkv(), scores])
 
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}

@@ -611,7 +611,7 @@ class SparseKAttention(Attention):
         super().__init__(d_model, cfg, common)
         self.rule = Selection(cfg.k, cfg.candidates or 4 * cfg.k, cfg.window, cfg.chunk)
         if self.rule.candidates == cfg.k:
-            raise InputError(f"sparsek: candidates must be more than k, found {cfg.k} for both: then every gate is 1 and no score is learned")
+            raise InputError(f"sparsek: candidates must be more than k, found {cfg.k} for both: every gate is 1 then, no score is learned")
         self.score = nn.Linear(d_model, self.n_head, bias=False)
         self.sharpness = nn.Parameter(torch.ones(self.n_head))
         self.certificate = torch.ones(())  # of the last forward pass: the share of crowded queries whose threshold is the unbounded one
