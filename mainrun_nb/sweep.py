@@ -934,7 +934,7 @@ def plot_overview(board: Leaderboard) -> Any:
     "Distribution of the metric, how trials ended, and the metric against time: a matplotlib figure."
     from matplotlib.figure import Figure
 
-    fig = Figure(figsize=(9, 2.6), layout="constrained", dpi=72)
+    fig = Figure(figsize=(7.5, 2.3), layout="constrained", dpi=72)
     left, middle, right = fig.subplots(1, 3)
     values = [t.value for t in board.ranked]
     left.hist(values, bins=min(20, max(5, len(values) // 2)))
