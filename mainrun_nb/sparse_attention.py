@@ -389,13 +389,15 @@ def attend_blocks(
 SHORT = 256  # tokens; up to here one dense call with a mask may be the faster way
 
 
-def sparse_bias(cfg: SparseAttnConfig, size: int, device: Any = None) -> Tensor:  # (1, H, size, size)
-    "The patterns of the first `size` positions (at most SHORT of them) as numbers to add to the scores: 0 or -inf."
+def sparse_bias(cfg: SparseAttnConfig, size: int, device: Any = None) -> Tensor:  # (1, H, size, size), or (1, 1, size, size)
+    "The patterns of the first `size` positions (at most SHORT) to add to the scores: 0 or -inf; one for all heads that are alike."
     at = torch.arange(min(size, SHORT), device=device)
-    return torch.zeros((), device=device).where(sparse_mask(cfg, at, at)[None], float("-inf"))
+    mask = sparse_mask(cfg, at, at)
+    alike = len({str(p) for p in plan_heads(cfg)}) == 1
+    return torch.zeros((), device=device).where(mask[None, :1] if alike else mask[None], float("-inf"))
 
 
-def dense_pieces(cfg: SparseAttnConfig, mask: Tensor) -> list[Piece]:  # mask (H, T, T)
+def dense_pieces(cfg: SparseAttnConfig, mask: Tensor) -> list[Piece]:  # mask (H, T, T), or (1, T, T) for heads that are alike
     "The whole pattern as one masked piece for each set of heads that share it."
     sets = cfg.num_verts if cfg.attn_type == "fixed" else 1
     if cfg.merged or cfg.attn_type in ("all", "local"):
@@ -420,7 +422,7 @@ def attend_sparse(
     cfg: SparseAttnConfig,
     titles: Tensor | None = None,  # (B, T) title numbers; None: no title mask
     dropout: float = 0.0,
-    bias: Tensor | None = None,  # (1, H, S, S): `sparse_bias` for S >= min(T, SHORT), if it is at hand
+    bias: Tensor | None = None,  # `sparse_bias` of min(T, SHORT) positions or more, if it is at hand
 ) -> Tensor:  # (B, H, T, D)
     "Sparse attention (Child et al. 2019) by the fastest exact way for this length."
     T = q.shape[2]
@@ -456,7 +458,7 @@ class SparseAttention(CausalAttention):
         "Attention of new tokens to everything cached, themselves included: their rows of the mask."
         k_pos = torch.arange(k.shape[2], device=q.device)
         if len(k_pos) <= self.bias.shape[2]:
-            mask = self.bias[:, :, info.positions, : len(k_pos)] == 0  # (1, H, Tq, Tk)
+            mask = self.bias[:, :, info.positions, : len(k_pos)] == 0  # (1, H or 1, Tq, Tk)
         else:
             mask = sparse_mask(self.cfg, info.positions, k_pos)[None]
         if titles is not None:
