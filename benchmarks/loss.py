@@ -155,7 +155,7 @@ def main() -> int:
     "Measure, print, write the JSON; 1 if a budget is missed."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[2048, 8192])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--vocab", type=int, default=16_000)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
