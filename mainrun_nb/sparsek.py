@@ -156,9 +156,9 @@ class _Grid:
     def small(self) -> bool:  # few enough weights to keep them for the backward pass: 4 MB in float32
         return self.rows * self.rule.chunk * self.keys <= 2**20
 
-    def blocks(self, device: torch.device, pairs: int = 2**19) -> list[slice]:
-        "Runs of rows worked on together: about `pairs` attention weights on CPU (its cache), 32 times as many on a GPU."
-        size = max(1, (pairs if device.type == "cpu" else 32 * pairs) // (self.rule.chunk * self.keys))
+    def blocks(self, device: torch.device, pairs: int = 2**18) -> list[slice]:
+        "Runs of rows worked on together: about `pairs` attention weights on CPU (1 MB, its cache), 64 times as many on a GPU."
+        size = max(1, (pairs if device.type == "cpu" else 64 * pairs) // (self.rule.chunk * self.keys))
         return [slice(a, min(a + size, self.rows)) for a in range(0, self.rows, size)]
 
 # %% ../nbs/07_sparsek.ipynb #61c68f32

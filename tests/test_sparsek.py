@@ -48,10 +48,11 @@ def test_operator_is_the_quadratic_program():
     optimize = pytest.importorskip("scipy.optimize")
     for seed, k in itertools.product(range(6), (1, 2, 4)):
         z = torch.randn(7, dtype=torch.double, generator=torch.Generator().manual_seed(seed)) * (seed + 0.3)
+        target = z.numpy()
         best = optimize.minimize(
-            lambda p, z=z.numpy(): ((p - z) ** 2).sum(),
+            lambda p, target=target: ((p - target) ** 2).sum(),
             [k / 7] * 7,
-            jac=lambda p, z=z.numpy(): 2 * (p - z),
+            jac=lambda p, target=target: 2 * (p - target),
             bounds=[(0, 1)] * 7,
             constraints={"type": "eq", "fun": lambda p, k=k: p.sum() - k, "jac": lambda p: [1.0] * 7},
             options={"ftol": 1e-14, "maxiter": 500},
