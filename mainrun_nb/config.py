@@ -116,7 +116,7 @@ class Hyperparams:
     r_drop: float = at_least(0, 0.0)  # weight of R-Drop's symmetric KL; 0 is off
     ema: float = between(0, 1, 0.0)  # decay of the averaged weights; 0 is off
     title_mask: bool = False  # a title attends only to itself
-    loss_chunk: int = at_least(0, 1024)  # rows of logits alive at once in the loss; 0 is all of them
+    loss_chunk: int = at_least(0, 512)  # rows of logits alive at once in the loss; 0 is all of them
     checkpoint_activations: bool = False  # recompute each block in the backward pass: less memory, more time
     compile: bool = False  # torch.compile
     device: str = one_of("auto", "cpu", "cuda")
