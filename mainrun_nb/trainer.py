@@ -6,11 +6,12 @@
 __all__ = ['FREE', 'PEAKS', 'NUMBERS', 'RunData', 'prepare_data', 'Plan', 'make_plan', 'pick_device', 'device_info',
            'differences', 'check_folder', 'git_commit', 'peak_memory', 'versions', 'matrix_rate', 'known_peak',
            'speed_report', 'RunResult', 'Interrupted', 'noted_signals', 'Processes', 'used_memory', 'explained',
-           'joined', 'TrainState', 'my_rows', 'make_state', 'Taken', 'read_steps', 'final_weights', 'evaluate_state',
-           'take_step', 'Run', 'log_step', 'evaluate_now', 'save_now', 'train_loop', 'save_curves', 'result_of',
-           'finish', 'announce', 'before_training', 'claim', 'begin', 'train']
+           'leave_job', 'joined', 'TrainState', 'my_rows', 'make_state', 'Taken', 'read_steps', 'final_weights',
+           'evaluate_state', 'take_step', 'Run', 'log_step', 'evaluate_now', 'save_now', 'train_loop', 'save_curves',
+           'result_of', 'finish', 'announce', 'before_training', 'claim', 'begin', 'one_run', 'train']
 
 # %% ../nbs/17_trainer.ipynb #09be5496
+import gc
 import io
 import json
 import os
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
@@ -321,6 +323,16 @@ def explained(error: BaseException, run_dir: Path, device: torch.device, count: 
     return None
 
 # %% ../nbs/17_trainer.ipynb #2d11cc56
+def leave_job() -> None:
+    "Leave the job, with nothing left that holds its process group."
+    error = sys.exc_info()[1]
+    while error:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+    gc.collect()
+    dist.destroy_process_group()
+
+
 @contextmanager
 def joined(device: torch.device, run_dir: Path) -> Iterator[Processes]:
     "Join the job that torchrun started, or be alone; errors of the machine become a `RunError`, said once."
@@ -337,7 +349,7 @@ def joined(device: torch.device, run_dir: Path) -> Iterator[Processes]:
         raise (told or e) from (None if told else e.__cause__)
     finally:
         if count > 1 and own:
-            dist.destroy_process_group()
+            leave_job()
 
 # %% ../nbs/17_trainer.ipynb #78de0305
 NUMBERS = ("step", "ptr", "bad_steps", "skipped", "seconds", "timed_steps")
@@ -626,7 +638,27 @@ def begin(run: Run, found: Checkpoint | None, memory: dict[str, Any]) -> None:
     run.metrics = found.metrics
     run.tracker.log("run_resumed", step=found.step, **device_info(run.device, run.procs.count))
 
-# %% ../nbs/17_trainer.ipynb #7b494a73
+# %% ../nbs/17_trainer.ipynb #0ebad60b
+def one_run(
+    procs: Processes, device: torch.device, cfg: Config, run_dir: Path, resume: bool, progress: bool, on_event: Callable | None
+) -> dict[str, Any]:  # the result
+    "This process's part of a run."
+    data = procs.share(lambda: before_training(cfg, run_dir, resume, device))
+    if not isinstance(data, RunData):
+        return data
+    plan = make_plan(cfg.hyperparams, len(data.train_ids), device.type)
+    memory = procs.share(lambda: check_budget(cfg, data.tokenizer.vocab_size, device.type))  # before anything is allocated
+    state = make_state(cfg, data.tokenizer.vocab_size, device, procs)
+    with ExitStack() as held:
+        found = procs.share(lambda: claim(held, run_dir, cfg, resume, data))
+        tracker = Tracker(None if procs.rank else run_dir, cfg, found.step if found else None, on_event)
+        held.push(lambda kind, error, trace: tracker.close(0 if error is None else 1))
+        run = Run(cfg, run_dir, data, state, plan, procs, device, tracker)
+        begin(run, found, memory)
+        train_loop(run, progress)
+        return procs.share(lambda: finish(run))
+
+# %% ../nbs/17_trainer.ipynb #c0ad3b9a
 def train(
     cfg: Config,
     run_dir: str | Path,  # where everything about the run is kept
@@ -640,17 +672,5 @@ def train(
     or was interrupted; its last checkpoint is kept.
     """
     run_dir, device = Path(run_dir), pick_device(cfg.hyperparams.device)
-    with joined(device, run_dir) as procs, ExitStack() as held:
-        data = procs.share(lambda: before_training(cfg, run_dir, resume, device))
-        if not isinstance(data, RunData):
-            return RunResult(run_dir, data)
-        plan = make_plan(cfg.hyperparams, len(data.train_ids), device.type)
-        memory = procs.share(lambda: check_budget(cfg, data.tokenizer.vocab_size, device.type))  # before anything is allocated
-        state = make_state(cfg, data.tokenizer.vocab_size, device, procs)
-        found = procs.share(lambda: claim(held, run_dir, cfg, resume, data))
-        tracker = Tracker(None if procs.rank else run_dir, cfg, found.step if found else None, on_event)
-        held.push(lambda kind, error, trace: tracker.close(0 if error is None else 1))
-        run = Run(cfg, run_dir, data, state, plan, procs, device, tracker)
-        begin(run, found, memory)
-        train_loop(run, progress)
-        return RunResult(run_dir, procs.share(lambda: finish(run)))
+    with joined(device, run_dir) as procs:
+        return RunResult(run_dir, one_run(procs, device, cfg, run_dir, resume, progress, on_event))
