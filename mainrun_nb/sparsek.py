@@ -334,33 +334,35 @@ def _choose(field: _Field, k: int, C: int) -> _Choice:
 class _Plan(NamedTuple):
     "Who may attend to what: the decisions of a whole batch. N chunks of c tokens."
 
-    scores: Tensor  # (B * H, window + padded)
-    titles: Tensor  # (B * H, window + padded)
+    new: Tensor  # (N, c) scores of the newcomers
+    titles: Tensor  # (N, window + c) title numbers of the newcomers and the chunk itself
     elders: Tensor  # (N, C + 1) scores
     elder_title: Tensor  # (N,)
     elder_row: Tensor  # (N, C + 1) rows of the padded scores
     key_row: Tensor  # (N, K) rows of the padded keys: the best k elders, then window + chunk neighbours
     choice: _Choice
     titled: bool
+    recent: Tensor  # (c, c) 1 where a newcomer is still inside a query's window
+    future: Tensor  # (c, window + c) 1 where a neighbour lies ahead of the query
 
 # %% ../nbs/07_sparsek.ipynb #d830ac02
 def _plan(u: Tensor, titles: Tensor | None, grid: _Grid) -> _Plan:
     "Select for every query: scores u (B, H, T), title numbers (B, T) or None."
-    rule, L, N, n = grid.rule, grid.padded, grid.rows, grid.chunks
+    rule, L, N, n, w, c = grid.rule, grid.padded, grid.rows, grid.chunks, grid.rule.window, grid.rule.chunk
     scores, t = _padded_scores(u, titles, grid)
-    elders, place, elder_title = _elders(scores[:, :L], t[:, :L], rule.candidates + 1, rule.chunk)
+    elders, place, elder_title = _elders(scores[:, :L], t[:, :L], rule.candidates + 1, c)
     elders, place, elder_title = elders.view(N, -1), place.view(N, -1), elder_title.reshape(N)
-    new, new_title, query_title = (x.reshape(N, -1) for x in (scores[:, :L], t[:, :L], t[:, rule.window :]))
+    new, near_titles = scores[:, :L].reshape(N, c), t.unfold(1, w + c, c).reshape(N, w + c)
     parts = []
     for b in grid.blocks(u.device, 2**20):
-        field = _Field(_sorted(elders[b], new[b]), elder_title[b], new_title[b], query_title[b])
+        field = _Field(_sorted(elders[b], new[b]), elder_title[b], near_titles[b, :c], near_titles[b, w:])
         parts.append(_choose(field, rule.k, rule.candidates))
-    row = torch.arange(N, device=u.device)
-    start = row.div(n, rounding_mode="floor")[:, None] * (rule.window + L)  # first row of the text
-    near = start + (row % n)[:, None] * rule.chunk + torch.arange(rule.window + rule.chunk, device=u.device)
-    key_row = torch.cat((start + place[:, : rule.k], near), 1)
+    row, near = torch.arange(N, device=u.device), torch.arange(w + c, device=u.device)
+    start = row.div(n, rounding_mode="floor")[:, None] * (w + L)  # first row of the text
+    key_row = torch.cat((start + place[:, : rule.k], start + (row % n)[:, None] * c + near), 1)
+    recent, future = (x.to(u.dtype) for x in (near[:c] > near[:c, None], near > near[:c, None] + w))
     choice = _Choice(*map(torch.cat, zip(*parts, strict=True)))
-    return _Plan(scores, t, elders, elder_title, start + place, key_row, choice, titles is not None)
+    return _Plan(new, near_titles, elders, elder_title, start + place, key_row, choice, titles is not None, recent, future)
 
 # %% ../nbs/07_sparsek.ipynb #bbad35e6
 TINY, HUGE = 1e-37, 1e30  # the least gate (so that a gradient can be divided by it), and a logit that softmax makes exactly zero
@@ -368,58 +370,55 @@ TINY, HUGE = 1e-37, 1e30  # the least gate (so that a gradient can be divided by
 
 def _masks(plan: _Plan, b: slice, rule: Selection) -> tuple[Tensor, Tensor]:
     "For the chunks b: gates (G, c, k + c) and off (G, c, K)."
-    k, c, w = rule.k, rule.chunk, rule.window
-    choice = _Choice(*(x[b] for x in plan.choice))
-    titles, dtype = plan.titles.unfold(1, w + c, c).flatten(0, 1)[b], plan.scores.dtype  # (G, w + c)
-    step, near = torch.arange(c, device=titles.device)[:, None], torch.arange(w + c, device=titles.device)
-    recent = (near[:c] > step).to(dtype)  # (c, c): this newcomer is still inside this query's window
-    own = titles[:, w:, None]  # (G, c, 1)
-    rank = torch.cat((choice.elder_rank[:, :k], choice.new_rank), 1)[:, None, :]  # (G, 1, k + c)
-    last = choice.end[..., None] - 1
-    off = torch.empty(rank.shape[0], c, k + w + c, dtype=dtype, device=titles.device)
-    torch.sub(torch.where(own == plan.elder_title[b, None, None], last, -1.0), rank[..., :k], out=off[..., :k])
-    future = (near > step + w).to(dtype)
+    k, c, w, titles, choice = rule.k, rule.chunk, rule.window, plan.titles[b], plan.choice
+    own, last = titles[:, w:, None], choice.end[b, :, None] - 1  # (G, c, 1)
+    elder_rank, new_rank = choice.elder_rank[b, None, :k], choice.new_rank[b, None]  # (G, 1, k), (G, 1, c)
+    off = titles.new_empty(titles.shape[0], c, k + w + c)
+    torch.sub(torch.where(own == plan.elder_title[b, None, None], last, -1.0), elder_rank, out=off[..., :k])
     if plan.titled:
         torch.sub(titles[:, None, :], own, out=off[..., k:])  # titles rise along a text: 0 is the query's own
         off.clamp_(max=0)
-        off[..., k:].sub_(future)
+        off[..., k:].sub_(plan.future)
     else:
-        torch.sub(-future, (titles < 0).to(dtype)[:, None, :], out=off[..., k:])  # no key but the padding is out of bounds
+        torch.sub(-plan.future, (titles < 0).to(off.dtype)[:, None, :], out=off[..., k:])  # out of bounds: only the padding
         off[..., :k].clamp_(max=0)
-    off[..., k : k + c].add_((last - rank[..., k:]).clamp_(max=0).mul_(1 - recent))
-    score = torch.cat((plan.elders[b, :k].clamp(min=-HUGE), plan.scores[:, : -w].unflatten(1, (-1, c)).flatten(0, 1)[b]), 1)
-    gate = (score[:, None, :] - choice.tau[..., None]).clamp_(TINY, 1)
-    gate[..., k:].clamp_(min=recent)
+    off[..., k : k + c].add_((last - new_rank).clamp_(max=0).mul_(1 - plan.recent))
+    score = torch.cat((plan.elders[b, :k].clamp(min=-HUGE), plan.new[b]), 1)
+    gate = (score[:, None, :] - choice.tau[b, :, None]).clamp_(TINY, 1)
+    gate[..., k:].clamp_(min=plan.recent)
     return gate, off
 
 # %% ../nbs/07_sparsek.ipynb #c592b5db
-def _weights(q: Tensor, key: Tensor, gate: Tensor, off: Tensor) -> Tensor:
-    "Attention weights (G, c, K) from queries (G, c, D), keys (G, K, D) and the two masks; `off` is used up."
-    logits = torch.bmm(q, key.transpose(1, 2))
-    weight = off.mul_(HUGE).add_(logits, alpha=q.shape[-1] ** -0.5).softmax(-1)
+def _weights(q: Tensor, key: Tensor, gate: Tensor, off: Tensor) -> tuple[Tensor, Tensor]:
+    "Weights (G, c, K) from queries (G, c, D), keys (G, K, D) and the two masks, and their sums (G, c, 1); `off` is used up."
+    scale = q.shape[-1] ** -0.5
+    if q.dtype == off.dtype:
+        logits = off.baddbmm_(q, key.transpose(1, 2), beta=HUGE, alpha=scale)
+    else:
+        logits = off.mul_(HUGE).add_(torch.bmm(q, key.transpose(1, 2)), alpha=scale)
+    weight = logits.softmax(-1)
     weight[..., : gate.shape[-1]].mul_(gate)
-    return weight.div_(weight.sum(-1, keepdim=True))
+    return weight, weight.sum(-1, keepdim=True)
 
 # %% ../nbs/07_sparsek.ipynb #e98a038b
 def _score_gradients(dlog: Tensor, gate: Tensor, plan: _Plan, b: slice, rule: Selection) -> tuple[Tensor, Tensor]:
     "From the gradient of the log-gates (G, c, k + c): that of the elders' scores (G, C + 1) and the newcomers' (G, c)."
-    k, c, w = rule.k, rule.chunk, rule.window
-    choice, titles = _Choice(*(x[b] for x in plan.choice)), plan.titles.unfold(1, w + c, c).flatten(0, 1)[b]
-    rank, full = torch.cat((choice.elder_rank[:, :k], choice.new_rank), 1)[:, None, :], choice.full[..., None]
-    inside = (rank + 1 - full).clamp_(0, 1).mul_((choice.part[..., None] - rank).clamp_(0, 1))  # (G, c, k + c): on the ramp
+    k, c, w, titles, choice = rule.k, rule.chunk, rule.window, plan.titles[b], plan.choice
+    elder_rank, full, part = choice.elder_rank[b], choice.full[b], choice.part[b]
+    rank = torch.cat((elder_rank[:, :k], choice.new_rank[b]), 1)[:, None, :]
+    inside = (rank + 1 - full[..., None]).clamp_(0, 1).mul_((part[..., None] - rank).clamp_(0, 1))  # (G, c, k + c): on the ramp
     inside[..., k:].tril_()  # a newcomer takes part once it has left the window
     dgate = (dlog / gate).mul_(inside)
     own = dgate.sum(1)  # each score through its own gate
-    share = -dgate.sum(2) / choice.ramp.clamp(min=1)  # (G, c): what each score of a query's ramp receives through tau
+    share = -dgate.sum(2) / choice.ramp[b].clamp(min=1)  # (G, c): what each score of a query's ramp receives through tau
     present = inside[..., k:]
     if plan.titled:
         present = (titles[:, None, :c] - (titles[:, w:, None] - 1)).clamp_(0, 1).mul_(present)
     new = own[:, k:] + torch.bmm(share[:, None, :], present)[:, 0]
     share = share * (titles[:, w:] == plan.elder_title[b, None])
-    U = choice.elder_rank.shape[1] + c
-    runs = share.new_zeros(share.shape[0], U + 1).scatter_add_(1, choice.full.long(), share)
-    runs = runs.scatter_add_(1, choice.part.long(), -share).cumsum(1)
-    elders = runs.gather(1, choice.elder_rank.clamp(max=U).long()).masked_fill_(choice.elder_rank > U, 0.0)
+    U = elder_rank.shape[1] + c
+    runs = share.new_zeros(share.shape[0], U + 1).scatter_add_(1, full.long(), share).scatter_add_(1, part.long(), -share).cumsum(1)
+    elders = runs.gather(1, elder_rank.clamp(max=U).long()).masked_fill_(elder_rank > U, 0.0)
     elders[:, :k] += own[:, :k]
     return elders, new
 
@@ -430,7 +429,7 @@ class _Job(NamedTuple):
     plan: _Plan
     grid: _Grid
     drop: float
-    kept: dict[int, tuple[Tensor, Tensor]]  # weights and gates of a block, by its first row
+    kept: dict[int, tuple[Tensor, Tensor, Tensor]]  # weights, their sums and the gates of a block, by its first row
     masks: dict[int, Tensor]  # dropout's mask of a block
 
 
@@ -438,37 +437,40 @@ def _block_forward(job: _Job, b: slice, q: Tensor, ks: Tensor, vs: Tensor, out: 
     "Attend for the chunks b: queries q (G, c, D), padded keys and values, result into out (G, c, D)."
     grid, rows, D = job.grid, job.plan.key_row[b].flatten(), q.shape[-1]
     gate, off = _masks(job.plan, b, grid.rule)
-    weight = _weights(q, ks.index_select(0, rows).view(-1, grid.keys, D), gate, off)
+    weight, total = _weights(q, ks.index_select(0, rows).view(-1, grid.keys, D), gate, off)
     if grid.small:
-        job.kept[b.start] = weight, gate
+        job.kept[b.start] = weight, total, gate
     if job.drop:
         job.masks[b.start] = torch.rand_like(weight) >= job.drop
         weight = weight * job.masks[b.start] / (1 - job.drop)
     torch.bmm(weight.to(q.dtype), vs.index_select(0, rows).view(-1, grid.keys, D), out=out)
+    out.div_(total)
 
 # %% ../nbs/07_sparsek.ipynb #e5e7764e
-def _block_backward(job: _Job, b: slice, g: Tensor, q: Tensor, ks: Tensor, vs: Tensor, grads: tuple[Tensor, ...]) -> None:
-    "Add the gradients of the chunks b to those of queries, keys, values and scores, given that of their output g (G, c, D)."
+def _block_backward(job: _Job, b: slice, g: Tensor, q: Tensor, o: Tensor, ks: Tensor, vs: Tensor, grads: tuple[Tensor, ...]) -> None:
+    "Add the gradients of the chunks b to those of queries, keys, values and scores, given their output o and its gradient g (G, c, D)."
     (plan, grid), D, (dq, dk, dv, du) = job[:2], q.shape[-1], grads
     k, c, rows = grid.rule.k, grid.rule.chunk, plan.key_row[b].flatten()
     key, value = (x.index_select(0, rows).view(-1, grid.keys, D) for x in (ks, vs))
     if b.start in job.kept:
-        weight, gate = job.kept[b.start]
+        weight, total, gate = job.kept[b.start]
     else:
         gate, off = _masks(plan, b, grid.rule)
-        weight = _weights(q, key, gate, off)
+        weight, total = _weights(q, key, gate, off)
+    g = (g / total).to(q.dtype)
     seen, dweight = weight, torch.bmm(g, value.transpose(1, 2)).to(weight.dtype)
     if job.drop:
         mask = job.masks[b.start] / (1 - job.drop)
         seen, dweight = weight * mask, dweight.mul_(mask)
-    dv.index_add_(0, rows, torch.bmm(seen.to(g.dtype).transpose(1, 2), g).view(-1, D))
-    dlogit = dweight.sub_((weight * dweight).sum(-1, keepdim=True)).mul_(weight)
+    dv.index_add_(0, rows, torch.bmm(seen.to(q.dtype).transpose(1, 2), g).view(-1, D))
+    dlogit = dweight.sub_((g.to(weight.dtype) * o).sum(-1, keepdim=True)).mul_(weight)
     elders, new = _score_gradients(dlogit[..., : k + c], gate, plan, b, grid.rule)
     du.index_add_(0, plan.elder_row[b].flatten(), elders.flatten())
     du.index_add_(0, plan.key_row[b, k : k + c].flatten(), new.flatten())
-    dlogit = dlogit.mul_(D**-0.5).to(g.dtype)
+    dlogit = dlogit.to(q.dtype)
     torch.bmm(dlogit, key, out=dq[b])
-    dk.index_add_(0, rows, torch.bmm(dlogit.transpose(1, 2), q).view(-1, D))
+    dq[b].mul_(D**-0.5)
+    dk.index_add_(0, rows, torch.bmm(dlogit.transpose(1, 2), q).view(-1, D), alpha=D**-0.5)
 
 # %% ../nbs/07_sparsek.ipynb #59845a80
 class _Streamed(torch.autograd.Function):
@@ -479,19 +481,20 @@ class _Streamed(torch.autograd.Function):
         qs = F.pad(q, (0, 0, 0, grid.padded - grid.length)).reshape(grid.rows, grid.rule.chunk, -1)
         ks, vs, out = _padded(k, grid), _padded(v, grid), torch.empty_like(qs)
         ctx.job = _Job(plan, grid, drop, {}, {})
-        ctx.save_for_backward(qs, ks, vs)
         for b in grid.blocks(q.device):
             _block_forward(ctx.job, b, qs[b], ks, vs, out[b])
+        ctx.save_for_backward(qs, out, ks, vs)
         return out.view(grid.batch, grid.heads, grid.padded, -1)[:, :, : grid.length]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
-        (qs, ks, vs), grid = ctx.saved_tensors, ctx.job.grid
+        (qs, out, ks, vs), grid = ctx.saved_tensors, ctx.job.grid
         gs = F.pad(g, (0, 0, 0, grid.padded - grid.length)).reshape(qs.shape)
-        dq, dk, dv, du = grads = tuple(torch.zeros_like(x) for x in (qs, ks, vs, ctx.job.plan.scores.view(-1)))
+        du = ctx.job.plan.new.new_zeros(ks.shape[0])
+        dq, dk, dv = torch.empty_like(qs), torch.zeros_like(ks), torch.zeros_like(vs)
         for b in grid.blocks(g.device):
-            _block_backward(ctx.job, b, gs[b], qs[b], ks, vs, grads)
+            _block_backward(ctx.job, b, gs[b], qs[b], out[b], ks, vs, (dq, dk, dv, du))
         dq = dq.view(grid.batch, grid.heads, grid.padded, -1)[:, :, : grid.length]
         return dq, _unpadded(dk, grid), _unpadded(dv, grid), _unpadded(du, grid)[..., 0], None, None, None
 
