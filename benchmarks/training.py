@@ -7,7 +7,7 @@ Shapes: the challenge's baseline (6 x 512, V 16,000, T 128; 27.2M parameters) an
 train on the same random tokens and take turns, round after round, so that a busy moment of the machine falls on all of them. A figure is
 the median over the rounds, a ratio is the median of the rounds' ratios. One step is everything a loop pays for an update: the batch,
 forward, backward, clipping, the optimizer, the schedule, and reading the loss. Operations are counted as 6 N per token, and set against
-the machine's matrix rate in bf16 and fp32, measured in the same rounds.
+the machine's matrix rate in bf16 and fp32, measured in the same rounds. On a busy CPU, `--threads 1 --clock cpu` counts CPU seconds.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from mainrun_nb.config import Config, load_config
 from mainrun_nb.models import count_parameters
-from mainrun_nb.trainer import make_state, matrix_rate, read_steps, take_step
+from mainrun_nb.trainer import make_state, read_steps, take_step
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB = 16_000
@@ -190,13 +190,22 @@ hugging_face("hf_bf16_compiled", bf16=True, compiled=True)
 # --- the measurement ---
 
 
-def measure(shape: str, names: list[str], rounds: int, seconds: float, rows: int, device: torch.device) -> dict:
+def matrix_seconds(a: Tensor, clock: Callable[[], float]) -> float:
+    "The time of one product of a square matrix with itself."
+    began = clock()
+    (a @ a)[0, 0].item()  # reading a value waits for the device
+    return clock() - began
+
+
+def measure(shape: str, names: list[str], rounds: int, seconds: float, rows: int, device: torch.device, clock: Callable[[], float]) -> dict:
     "All variants on one shape, taking turns; stops after `rounds`, or once `seconds` are spent and 3 rounds are done."
     cfg = load_config(ROOT / SHAPES[shape], [f"hyperparams.batch_size={rows}", "data.source=synthetic"])
     cfg.name = shape  # type: ignore[attr-defined]
     tokens = rows * cfg.hyperparams.context_length
     stream = torch.randint(3, VOCAB, (4 * tokens + 1,), generator=torch.Generator().manual_seed(0)).to(device)
     steps, parameters, times, rates = {}, {}, {n: [] for n in names}, {"bf16": [], "fp32": []}
+    n = 2048 if device.type == "cpu" else 8192
+    square = {"bf16": torch.randn(n, n, device=device).bfloat16(), "fp32": torch.randn(n, n, device=device)}
     for name in names:
         torch.manual_seed(0)
         steps[name], parameters[name] = VARIANTS[name](cfg, stream)
@@ -207,11 +216,11 @@ def measure(shape: str, names: list[str], rounds: int, seconds: float, rows: int
         if done >= 3 and time.perf_counter() - start > seconds:
             break
         for name in names:
-            began = time.perf_counter()
+            began = clock()
             steps[name]()  # reads the loss, which waits for the device
-            times[name].append(time.perf_counter() - began)
-        for key, dtype in ("bf16", torch.bfloat16), ("fp32", torch.float32):
-            rates[key].append(matrix_rate(device, dtype, 2048 if device.type == "cpu" else 0))
+            times[name].append(clock() - began)
+        for key, a in square.items():
+            rates[key].append(2 * n**3 / min(matrix_seconds(a, clock) for _ in range(3)))
     rate = {k: median(v) for k, v in rates.items()}
     out = {}
     for name in names:
@@ -234,17 +243,19 @@ def main() -> None:
     ap.add_argument("--rows", type=int, help="rows of a batch; default: the configuration's (on a CPU 16 of the baseline's 64)")
     ap.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     ap.add_argument("--threads", type=int, default=os.cpu_count())
+    ap.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: CPU seconds of this process, for --threads 1")
     ap.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "training.json")
     args = ap.parse_args()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
-    machine = {"cpu": platform.processor() or platform.machine(), "threads": args.threads, "gpu": gpu,
+    machine = {"clock": args.clock, "cpu": platform.processor() or platform.machine(), "threads": args.threads, "gpu": gpu,
                "torch": torch.__version__, "python": platform.python_version()}
     result: dict = {"machine": machine, "shapes": {}}
     for shape in args.shape:
         rows = args.rows or (CPU_ROWS[shape] if device.type == "cpu" else load_config(ROOT / SHAPES[shape]).hyperparams.batch_size)
-        found = result["shapes"][shape] = measure(shape, args.only, args.rounds, args.seconds, rows, device)
+        clock = time.process_time if args.clock == "cpu" else time.perf_counter
+        found = result["shapes"][shape] = measure(shape, args.only, args.rounds, args.seconds, rows, device, clock)
         rates = ", ".join(f"{k} {v:.0f}" for k, v in found["matrix_gflops"].items())
         print(f"{shape}: {rows} x {found['context_length']} tokens; matrix products run at {rates} GFLOP/s")
         for name, row in found["variants"].items():

@@ -200,7 +200,7 @@ def watching(
 ) -> Iterator[int]:  # layers watched
     "Within it, every attention layer of `model` shows its probabilities. Raises `InputError` for other than causal attention."
     layers = [m for m in model.modules() if isinstance(m, Attention)]
-    if not layers or any(not isinstance(m, CausalAttention) for m in layers):
+    if not layers or any(type(m) is not CausalAttention for m in layers):
         raise InputError("attention distance: needs a model whose attention_layer is causal")
 
     def watched(number: int, layer: Attention) -> Callable[..., Tensor]:

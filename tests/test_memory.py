@@ -13,7 +13,7 @@ spec = importlib.util.spec_from_file_location("bench_memory", ROOT / "benchmarks
 bench = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(bench)
 
-CASES = ["causal, adafactor", "causal, muon", "bottleneck, bf16", "fixed, plain", "strided, title mask", "local, checkpointing", "sparsek, accumulate",
+CASES = ["causal, adafactor", "causal, muon", "bottleneck, bf16", "fixed, plain", "strided, plain", "local, checkpointing", "sparsek, accumulate",
          "unet, r_drop"]
 
 
