@@ -50,7 +50,8 @@ def without_cache(model, n: int) -> torch.Tensor:
 def hugging_face(model, n: int) -> torch.Tensor:
     """Greedy tokens through transformers' `generate`: (n, TOKENS)."""
     start = torch.ones(n, 1, dtype=torch.long)
-    out = model.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0)
+    mask = torch.ones_like(start)
+    out = model.generate(start, attention_mask=mask, max_new_tokens=TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0)
     return out[:, 1:]
 
 
@@ -61,7 +62,8 @@ def measure(shape: tuple[int, int], n: int) -> dict:
 
     logging.disable_progress_bar()
     layers, width = shape
-    cfg = load_config(overrides=[f"model_configs.gpt.n_layer={layers}", f"model_configs.gpt.d_model={width}", f"model_configs.gpt.hidden_layer={width}",
+    sizes = {"n_layer": layers, "d_model": width, "hidden_layer": width}
+    cfg = load_config(overrides=[*(f"model_configs.gpt.{k}={v}" for k, v in sizes.items()),
                                  "hyperparams.context_length=320", "tokenizer.kind=bpe"])
     tokenizer = train_tokenizer(sample_titles(20_000, 0), kind="bpe", vocab_size=16_000)
     torch.manual_seed(0)

@@ -16,8 +16,8 @@ from mainrun_nb.memory import measured_peak, simulate_step
 
 OUT = Path(__file__).with_name("results") / "memory.json"
 SHAPE = ["model_configs.gpt.d_model=128", "model_configs.gpt.hidden_layer=128", "model_configs.gpt.n_layer=3", "hyperparams.batch_size=8"]
-UNET = ["hyperparams.model_architecture=unet_gpt", "model_configs.unet_gpt.hidden_layer_list=[128,64,128]", "model_configs.unet_gpt.d_model=128",
-        "hyperparams.batch_size=8", "model_configs.unet_gpt.skip_connections=true"]
+UNET = ["hyperparams.model_architecture=unet_gpt", "model_configs.unet_gpt.hidden_layer_list=[128,64,128]",
+        "model_configs.unet_gpt.d_model=128", "hyperparams.batch_size=8", "model_configs.unet_gpt.skip_connections=true"]
 OPTIMIZERS = ["sgd", "adam", "adamw", "adagrad", "rmsprop", "adafactor", "muon"]
 ATTENTIONS = {
     "causal": [], "bottleneck": ["attn_configs.causal.intermediate_dim=64"],
@@ -28,7 +28,8 @@ ATTENTIONS = {
 }
 TRICKS = {
     "plain": [], "bf16": ["hyperparams.amp_bool=true"], "accumulate": ["hyperparams.grad_accum=4"],
-    "checkpointing": ["hyperparams.checkpoint_activations=true"], "r_drop": ["hyperparams.r_drop=2"], "whole logits": ["hyperparams.loss_chunk=0"],
+    "checkpointing": ["hyperparams.checkpoint_activations=true"], "r_drop": ["hyperparams.r_drop=2"],
+    "whole logits": ["hyperparams.loss_chunk=0"],
     "title mask": ["hyperparams.title_mask=true"], "ema": ["hyperparams.ema=0.99"],
 }
 
@@ -72,7 +73,8 @@ def main() -> None:
     rows = {}
     for name, (overrides, vocab_size) in cases:
         rows[name] = measure(overrides, vocab_size)
-        print(f"{name:36s} {rows[name]['predicted'] / 1e6:10.2f} {rows[name]['measured'] / 1e6:10.2f} MB {rows[name]['error']:+8.2%}", flush=True)
+        row = rows[name]
+        print(f"{name:36s} {row['predicted'] / 1e6:10.2f} {row['measured'] / 1e6:10.2f} MB {row['error']:+8.2%}", flush=True)
     errors = sorted(abs(r["error"]) for r in rows.values())
     summary = {"configurations": len(rows), "largest_error": errors[-1], "median_error": errors[len(errors) // 2],
                "within_2_percent": sum(e <= 0.02 for e in errors), "slowest_simulation_s": max(r["simulate_s"] for r in rows.values())}

@@ -80,7 +80,8 @@ def check_choice(n: int, temperature: float, topk: int, topp: float, max_tokens:
     "Raise `InputError` for a setting out of range."
     for name, value, bad, words in [
         ("n", n, n < 1, "above 0"), ("temperature", temperature, not temperature >= 0, "0 or more"), ("topk", topk, topk < 0, "0 or more"),
-        ("topp", topp, not 0 < topp <= 1, "above 0 and at most 1"), ("max_tokens", max_tokens, max_tokens is not None and max_tokens < 1, "above 0"),
+        ("topp", topp, not 0 < topp <= 1, "above 0 and at most 1"),
+        ("max_tokens", max_tokens, max_tokens is not None and max_tokens < 1, "above 0"),
     ]:
         if bad:
             raise InputError(f"{name}: must be {words}, found {value}")

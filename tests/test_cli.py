@@ -74,7 +74,8 @@ def test_bad_data(name, content, says, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("content", "says"), [
-    (None, "no such file"), (b"a: [1", "not valid YAML"), (b"- 1\n", "mapping"), (b"\xff\xfe\x00", "c.yaml"), (b"hyperparams: 3", "section"),
+    (None, "no such file"), (b"a: [1", "not valid YAML"), (b"- 1\n", "mapping"), (b"\xff\xfe\x00", "c.yaml"),
+    (b"hyperparams: 3", "section"),
 ])
 def test_bad_config(content, says, tmp_path, capsys):
     if content is not None:

@@ -13,8 +13,8 @@ spec = importlib.util.spec_from_file_location("bench_memory", ROOT / "benchmarks
 bench = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(bench)
 
-CASES = ["causal, adafactor", "causal, muon", "bottleneck, bf16", "fixed, plain", "strided, plain", "local, checkpointing", "sparsek, accumulate",
-         "unet, r_drop"]
+CASES = ["causal, adafactor", "causal, muon", "bottleneck, bf16", "fixed, plain", "strided, plain", "local, checkpointing",
+         "sparsek, accumulate", "unet, r_drop"]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -50,7 +50,8 @@ def test_refusal_says_what_fits_and_it_does():
     cfg = load_config(overrides=[*bench.SHAPE, "hyperparams.optimizer=adamw", "hyperparams.context_length=64"])
     peak = estimate_memory(cfg, vocab_size=3000).peak_bytes
     tight = replace(cfg, hyperparams=replace(cfg.hyperparams, memory_budget_gb=peak * 0.7 / 1e9))
-    with pytest.raises(InputError, match=r"needs .* GB, the budget is .* GB; hyperparams.batch_size=\d+ would fit, or hyperparams.grad_accum=\d+") as e:
+    says = r"needs .* GB, the budget is .* GB; hyperparams.batch_size=\d+ would fit, or hyperparams.grad_accum=\d+"
+    with pytest.raises(InputError, match=says) as e:
         check_budget(tight, 3000)
     for advice in ("batch_size", "grad_accum"):
         n = int(str(e.value).split(f"{advice}=")[1].split()[0])

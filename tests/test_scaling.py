@@ -144,7 +144,8 @@ def test_the_committed_study_is_what_its_script_says(root):
 
 def test_attention_distance_refuses_other_layers():
     cfg = load_config(overrides=[*TINY, "model_configs.gpt.attention_layer=sparse", "attn_configs.sparse.n_head=2",
-                                 "attn_configs.sparse.local_attn_ctx=16", "attn_configs.sparse.sparseblocksize=16", "attn_configs.sparse.num_verts=1"])
+                                 "attn_configs.sparse.local_attn_ctx=16", "attn_configs.sparse.sparseblocksize=16",
+                                 "attn_configs.sparse.num_verts=1"])
     import mainrun_nb.sparse_attention  # noqa: F401  registers the layer
 
     with pytest.raises(InputError, match="causal"):
