@@ -29,7 +29,7 @@ $(VENV)/.dev: $(VENV)/.runtime
 
 quickstart: $(VENV)/.runtime  ## install, then train a tiny model on synthetic titles
 	rm -rf runs/quickstart
-	$(BIN)/mainrun-train --config sweeps/base/quickstart.yaml --out runs/quickstart
+	@$(BIN)/mainrun-train --config sweeps/base/quickstart.yaml --out runs/quickstart >/dev/null  # its line of JSON is for programs
 
 test: lint  ## the linters, then every test (MAINRUN_SLOW=1 for the slow ones too, HN_TITLES=file for real titles)
 	$(BIN)/python -m pytest $(ARGS)

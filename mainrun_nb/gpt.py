@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from .attention import AttnCommon, TokenInfo, build_attention, title_numbers
+from .attention import AttnCommon, Dropout, TokenInfo, build_attention, title_numbers
 from .config import GPTConfig, SparseKAttnConfig
 
 # %% ../nbs/08_gpt.ipynb #5de0db31
@@ -77,7 +77,7 @@ class Residual(nn.Module):
         super().__init__()
         self.inner, self.pre = inner, cfg.norm_type == "pre"
         self.norm = make_norm(cfg.norm, width, cfg.bias)
-        self.dropout = nn.Dropout(cfg.dropout)
+        self.dropout = Dropout(cfg.dropout)
         self.scale = LayerScale(width, cfg.layer_scale) if cfg.layer_scale else nn.Identity()
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
@@ -259,7 +259,7 @@ class Embedding(nn.Module):
         super().__init__()
         self.tokens = nn.Embedding(vocab_size, cfg.d_model)
         self.positions = nn.Embedding(context_length, cfg.d_model) if cfg.position == "learned" else None
-        self.dropout = nn.Dropout(cfg.dropout)
+        self.dropout = Dropout(cfg.dropout)
         self.project = nn.Identity() if width == cfg.d_model else nn.Linear(cfg.d_model, width, bias=cfg.bias)
 
     def forward(self, idx: Tensor, positions: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .attention import AttnCommon, CausalAttention, TokenInfo, allowed, register_attention
+from .attention import AttnCommon, CausalAttention, TokenInfo, allowed, attend_fast, keep_mask, register_attention
 from .config import InputError, SparseAttnConfig
 
 # %% ../nbs/06_sparse_attention.ipynb #0ff853d9
@@ -119,7 +119,7 @@ def attend_masked(
     mask = sparse_mask(cfg, at, at)[None]
     if titles is not None:
         mask = mask & allowed(at, at, titles, titles)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout)
+    return attend_fast(q, k, v, mask, dropout)
 
 # %% ../nbs/06_sparse_attention.ipynb #1536abe2
 @dataclass(frozen=True)
@@ -310,7 +310,7 @@ def _forward(pieces: list[Piece], q: Tensor, stores: dict, titles: tuple, dropou
     for piece in pieces:
         (qs,), (ks, vs) = _look(piece, "rows", q), _look(piece, "cols", *stores[piece.source])
         shape = (*qs.shape[:-1], 1 if piece.source == "self" else ks.shape[-2])
-        keeps.append((torch.rand(shape, device=q.device) >= dropout).flatten(0, -4) / (1 - dropout) if dropout else None)
+        keeps.append(keep_mask(shape, dropout, q.device).flatten(0, -4) / (1 - dropout) if dropout else None)
         tiles = [x.flatten(0, -4) for x in (qs, ks, vs)]
         run, _ = _engine(piece, q, ks.shape[-2], dropout)
         o_p, e_p = (x.unflatten(0, qs.shape[:-3]) for x in run(*tiles, _bias(piece, q, *titles), piece.causal, keeps[-1]))
@@ -430,7 +430,7 @@ def attend_sparse(
         return attend_blocks(q, k, v, cfg, titles, dropout)
     bias = (sparse_bias(cfg, T, q.device) if bias is None else bias)[:, :, :T, :T]
     if titles is None:
-        return F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), dropout)
+        return attend_fast(q, k, v, bias.to(q.dtype), dropout)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     return _Attend.apply(dense_pieces(cfg, bias[0] == 0), (titles[:, None, :, None], None), dropout, q, k, v)
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .attention import Attention, AttnCommon, TokenInfo, register_attention
+from .attention import Attention, AttnCommon, TokenInfo, attend_fast, dropout, keep_mask, register_attention
 from .config import InputError, SparseKAttnConfig
 
 # %% ../nbs/07_sparsek.ipynb #606ee19f
@@ -119,7 +119,7 @@ def attend_gated(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, drop: float = 0.
     logits = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
     largest = logits.detach().masked_fill(gate == 0, -torch.inf).amax(-1, keepdim=True)
     weight = gate * (logits - largest).clamp(max=0).exp()
-    return F.dropout(weight / weight.sum(-1, keepdim=True), drop) @ v
+    return dropout(weight / weight.sum(-1, keepdim=True), drop) @ v
 
 
 def sparsek_plain(q: Tensor, k: Tensor, v: Tensor, u: Tensor, rule: Selection, titles: Tensor | None = None, drop: float = 0.0) -> Tensor:
@@ -441,7 +441,7 @@ def _block_forward(job: _Job, b: slice, q: Tensor, ks: Tensor, vs: Tensor, out: 
     if grid.small:
         job.kept[b.start] = weight, total, gate
     if job.drop:
-        job.masks[b.start] = torch.rand_like(weight) >= job.drop
+        job.masks[b.start] = keep_mask(tuple(weight.shape), job.drop, weight.device)
         weight = weight * job.masks[b.start] / (1 - job.drop)
     torch.bmm(weight.to(q.dtype), vs.index_select(0, rows).view(-1, grid.keys, D), out=out)
     out.div_(total)
@@ -512,7 +512,7 @@ def sparsek_fast(
     B, H, T, _ = q.shape
     if T <= rule.window + rule.k:
         mask = None if titles is None else torch.ones(T, T, dtype=torch.bool, device=q.device).tril() & ages(T, titles, q.device)[1]
-        out = F.scaled_dot_product_attention(q, k, v, mask, drop, is_causal=mask is None)
+        out = attend_fast(q, k, v, mask, drop)
         return out + (u.sum() * 0).to(out.dtype), torch.ones((), device=q.device)  # a zero gradient, but a gradient: DDP waits for it
     grid = _Grid(rule, B, H, T)
     with torch.autocast(q.device.type, enabled=False):
