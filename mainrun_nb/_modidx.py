@@ -742,6 +742,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'mainrun_nb.trainer.announce': ('trainer.html#announce', 'mainrun_nb/trainer.py'),
                                     'mainrun_nb.trainer.before_training': ('trainer.html#before_training', 'mainrun_nb/trainer.py'),
                                     'mainrun_nb.trainer.begin': ('trainer.html#begin', 'mainrun_nb/trainer.py'),
+                                    'mainrun_nb.trainer.certificates': ('trainer.html#certificates', 'mainrun_nb/trainer.py'),
                                     'mainrun_nb.trainer.check_folder': ('trainer.html#check_folder', 'mainrun_nb/trainer.py'),
                                     'mainrun_nb.trainer.claim': ('trainer.html#claim', 'mainrun_nb/trainer.py'),
                                     'mainrun_nb.trainer.device_info': ('trainer.html#device_info', 'mainrun_nb/trainer.py'),

@@ -8,8 +8,8 @@ __all__ = ['MMAP_MAX', 'TRIM_THRESHOLD', 'FREE', 'PEAKS', 'NUMBERS', 'RunData', 
            'peak_memory', 'versions', 'matrix_rate', 'known_peak', 'speed_report', 'RunResult', 'Interrupted',
            'noted_signals', 'Processes', 'used_memory', 'explained', 'leave_job', 'joined', 'TrainState', 'my_rows',
            'make_state', 'Taken', 'read_steps', 'final_weights', 'evaluate_state', 'take_step', 'Run', 'log_step',
-           'evaluate_now', 'save_now', 'in_log_file', 'train_loop', 'save_curves', 'result_of', 'finish', 'announce',
-           'before_training', 'claim', 'begin', 'one_run', 'train']
+           'certificates', 'evaluate_now', 'save_now', 'in_log_file', 'train_loop', 'save_curves', 'result_of',
+           'finish', 'announce', 'before_training', 'claim', 'begin', 'one_run', 'train']
 
 # %% ../nbs/17_trainer.ipynb #09be5496
 import ctypes
@@ -540,11 +540,17 @@ def log_step(run: Run, row: dict[str, Any], seconds: float) -> None:
         raise RunError(f"{run.run_dir}: {what}; the last checkpoint is from before them; a lower hyperparams.lr may help")
 
 # %% ../nbs/17_trainer.ipynb #2a9ea863
+def certificates(model: nn.Module) -> dict[str, float]:
+    "How often SparseK's threshold was certainly the unbounded one (chapter 07), at the last batch; nothing for other attentions."
+    found = [m.certificate for m in model.modules() if hasattr(m, "certificate")]
+    return {"sparsek/certificate": torch.stack(found).mean().item()} if found else {}
+
+
 def evaluate_now(run: Run) -> None:
     "Evaluate, on the first process, and tell."
-    challenge = run.state.step in (1, run.plan.max_steps)
-    run.metrics = run.procs.share(lambda: evaluate_state(run.state, run.data, run.cfg, challenge))
-    run.tracker.log("validation_step", step=run.state.step, max_steps=run.plan.max_steps, seconds=run.state.seconds, **run.metrics)
+    s, challenge = run.state, run.state.step in (1, run.plan.max_steps)
+    run.metrics = run.procs.share(lambda: evaluate_state(s, run.data, run.cfg, challenge))
+    run.tracker.log("validation_step", step=s.step, max_steps=run.plan.max_steps, seconds=s.seconds, **run.metrics, **certificates(s.model))
 
 
 def save_now(run: Run) -> None:
