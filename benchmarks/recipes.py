@@ -42,7 +42,8 @@ def attention() -> Runs:
     }
     sparse = ["attn_configs.sparse.n_head=6", "attn_configs.sparse.local_attn_ctx=16", "attn_configs.sparse.sparseblocksize=16",
               "attn_configs.sparse.vertsize=4", "attn_configs.sparse.num_verts=3"]
-    return {name: ("sweeps/base/small.yaml", ["hyperparams.max_steps=500", "hyperparams.evals_per_epoch=1", *more, *(sparse if f"{layer}=sparse" in more else [])])
+    budget = ["hyperparams.max_steps=500", "hyperparams.evals_per_epoch=1"]
+    return {name: ("sweeps/base/small.yaml", [*budget, *more, *(sparse if f"{layer}=sparse" in more else [])])
             for name, more in kinds.items()}
 
 
@@ -70,9 +71,9 @@ def add_row(row: dict[str, Any]) -> None:
 def row_of(result: dict[str, Any]) -> dict[str, Any]:
     "The ledger's columns from a result.json."
     data = result["data"]
-    digits = {"val/loss": 5, "val/challenge_loss": 5, "val/coverage": 5, "val/nats_per_token": 4, "train_seconds": 0, "tokens_per_second": 0}
-    return {**result, **{k: round(result[k], n) if n else round(result[k]) for k, n in digits.items()}, "status": "finished",
-            "reference/bigram": round(data["reference/bigram"], 5), "n_titles": data["n_titles"], "tokens_per_epoch": data["tokens_per_epoch"],
+    losses = {k: round(result[k], 5) for k in ("val/loss", "val/challenge_loss", "val/coverage", "val/nats_per_token")}
+    rates = {k: round(result[k]) for k in ("train_seconds", "tokens_per_second")}
+    return {**result, **data, **losses, **rates, "status": "finished", "reference/bigram": round(data["reference/bigram"], 5),
             "sha256": data["sha256"][:12], "torch": result["versions"]["torch"], "cpu_count": result["device"]["cpu_count"],
             "commit": (result["commit"] or "")[:10]}
 
@@ -87,8 +88,8 @@ def run(study: str, name: str, config: str, overrides: list[str], dry: bool) -> 
     if dry:
         return
     resume = ["--resume"] if (ROOT / out / "config.yaml").exists() else []
-    done = subprocess.run([str(Path(sys.executable).with_name(command[0])), *command[1:], *resume], cwd=ROOT, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, text=True, check=False)
+    program = str(Path(sys.executable).with_name(command[0]))
+    done = subprocess.run([program, *command[1:], *resume], cwd=ROOT, capture_output=True, text=True, check=False)
     hp = load_config(ROOT / config, overrides).hyperparams
     row = {"study": study, "name": name, "command": shlex.join(command), "seed": hp.seed, "batch_size": hp.batch_size,
            "context_length": hp.context_length}

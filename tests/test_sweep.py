@@ -294,8 +294,16 @@ def events(folder: Path) -> list[dict]:
 
 
 def wait_for(what, seconds: float = 90.0) -> None:
+    """Until `what()` is true; looking at a folder while others write in it, it may find a file gone."""
     end = time.monotonic() + seconds
-    while not what():
+
+    def true() -> bool:
+        try:
+            return what()
+        except FileNotFoundError:
+            return False
+
+    while not true():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.05)
 

@@ -367,7 +367,7 @@ def test_the_result_is_complete(finished):
 
 
 def test_sparsek_says_how_often_its_buffer_was_large_enough(tmp_path):
-    sparsek = ["attn_configs.sparsek.k=2", "attn_configs.sparsek.candidates=3", "attn_configs.sparsek.window=2", "attn_configs.sparsek.chunk=4"]
+    sparsek = [f"attn_configs.sparsek.{s}" for s in ("k=2", "candidates=3", "window=2", "chunk=4")]
     quick(tiny("hyperparams.max_steps=2", "model_configs.gpt.attention_layer=sparsek", *sparsek), tmp_path)
     logged = [e["sparsek/certificate"] for e in read_events(tmp_path) if e["event"] == "validation_step"]
     assert logged and all(0 <= share < 1 for share in logged)  # three candidates for two places: too few for some
