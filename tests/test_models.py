@@ -179,6 +179,32 @@ def test_options_work_beside_each_other(row, tmp_path):
         assert torch.equal(again.eval()(idx[:, :T])[0], logits)
 
 
+ATTENTION = "model_configs.gpt.attention_layer"
+
+
+@pytest.mark.parametrize("kind", [
+    [], ["attn_configs.causal.intermediate_dim=16"], ["hyperparams.title_mask=true"],
+    *([f"{ATTENTION}=sparse", f"attn_configs.sparse.attn_type={t}"] for t in ("fixed", "strided", "local")),
+    [f"{ATTENTION}=sparsek"],
+], ids=lambda kind: kind[-1].split("=")[1] if kind else "causal")  # fmt: skip
+def test_one_batch_is_learnt_by_heart(kind):
+    heads = [f"attn_configs.{a}.n_head=2" for a in ("causal", "sparse", "sparsek")]
+    sparse = [f"attn_configs.sparse.{s}" for s in ("local_attn_ctx=4", "sparseblocksize=4", "vertsize=1", "num_verts=1")]
+    sparsek = [f"attn_configs.sparsek.{s}" for s in ("k=4", "window=4", "chunk=4")]
+    shape = [f"model_configs.gpt.{s}" for s in ("d_model=32", "hidden_layer=32", "n_layer=2", "dropout=0")]
+    torch.manual_seed(0)
+    model = build_model(load_config(overrides=[*heads, *sparse, *sparsek, *shape, "hyperparams.context_length=24", *kind]), 50)
+    idx = torch.randint(2, 50, (4, 24))
+    idx[:, 0] = torch.arange(4) + 2  # rows that differ from the first token on
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0)
+    for _ in range(150):
+        _, loss = model(idx[:, :-1], idx[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05
+
+
 # --- the chunked loss ---
 
 
