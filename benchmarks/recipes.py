@@ -47,7 +47,31 @@ def attention() -> Runs:
             for name, more in kinds.items()}
 
 
-STUDIES = {"attention": attention}
+PROXY = ["hyperparams.max_steps=1000", "hyperparams.evals_per_epoch=1"]  # 2.05 million tokens, under two epochs; six minutes or so
+
+
+def control() -> Runs:
+    "What small.yaml is measured against: AdamW, warmup and cosine, learned positions, no title mask; its best learning rate."
+    plain = ["model_configs.gpt.position=learned",
+             *(f"hyperparams.{s}" for s in ("optimizer=adamw", "weight_decay=0.1", "title_mask=false"))]
+    return {f"lr-{lr}": ("sweeps/base/small.yaml", [*PROXY, *plain, f"hyperparams.lr={lr}"])
+            for lr in ("2.0e-3", "4.0e-3", "1.0e-3", "8.0e-3", "5.0e-4")}
+
+
+def screen() -> Runs:
+    "small.yaml, and one change at a time."
+    changes = {
+        "small": [], "vocab-8k": ["hyperparams.vocab_size=8000"], "unigram": ["tokenizer.kind=unigram"],
+        "wsd": ["hyperparams.scheduler=wsd"], "lr-2.0e-2": ["hyperparams.lr=2.0e-2"], "lr-5.0e-3": ["hyperparams.lr=5.0e-3"],
+        "adamw-lr-5.0e-3": ["hyperparams.adamw_lr=5.0e-3"], "no-dropout": ["model_configs.gpt.dropout=0"],
+        "no-mask": ["hyperparams.title_mask=false"],
+        "learned-positions": ["model_configs.gpt.position=learned"], "batch-8": ["hyperparams.batch_size=8", "hyperparams.max_steps=2000"],
+        "swiglu": ["model_configs.gpt.activation_function=swiglu"], "gate": ["model_configs.gpt.output_gate=true"],
+    }
+    return {name: ("sweeps/base/small.yaml", [*PROXY, *more]) for name, more in changes.items()}
+
+
+STUDIES = {"attention": attention, "control": control, "screen": screen}
 
 
 def read_ledger() -> list[dict[str, str]]:
