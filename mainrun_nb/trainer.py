@@ -542,7 +542,7 @@ def log_step(run: Run, row: dict[str, Any], seconds: float) -> None:
 # %% ../nbs/17_trainer.ipynb #2a9ea863
 def certificates(model: nn.Module) -> dict[str, float]:
     "How often SparseK's threshold was certainly the unbounded one (chapter 07), at the last batch; nothing for other attentions."
-    found = [m.certificate for m in model.modules() if hasattr(m, "certificate")]
+    found: list[Any] = [m.certificate for m in model.modules() if hasattr(m, "certificate")]
     return {"sparsek/certificate": torch.stack(found).mean().item()} if found else {}
 
 
