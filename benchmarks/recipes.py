@@ -34,11 +34,11 @@ def attention() -> Runs:
     layer = "model_configs.gpt.attention_layer"
     kinds = {
         "causal": [],
-        "bottleneck": ["attn_configs.causal.intermediate_dim=96"],
         "fixed": [f"{layer}=sparse", "attn_configs.sparse.attn_type=fixed"],
+        "sparsek": [f"{layer}=sparsek", "attn_configs.sparsek.n_head=6", "attn_configs.sparsek.k=8", "attn_configs.sparsek.window=16"],
         "strided": [f"{layer}=sparse", "attn_configs.sparse.attn_type=strided"],
         "local": [f"{layer}=sparse", "attn_configs.sparse.attn_type=local"],
-        "sparsek": [f"{layer}=sparsek", "attn_configs.sparsek.n_head=6", "attn_configs.sparsek.k=8", "attn_configs.sparsek.window=16"],
+        "bottleneck": ["attn_configs.causal.intermediate_dim=96"],
     }
     sparse = ["attn_configs.sparse.n_head=6", "attn_configs.sparse.local_attn_ctx=16", "attn_configs.sparse.sparseblocksize=16",
               "attn_configs.sparse.vertsize=4", "attn_configs.sparse.num_verts=3"]
