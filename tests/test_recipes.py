@@ -1,0 +1,68 @@
+"""The ledger of full runs, and the runner that keeps it."""
+
+import csv
+import importlib.util
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from mainrun_nb.config import load_config
+from mainrun_nb.scaling import runs_table
+
+ROOT = Path(__file__).resolve().parents[1]
+LEDGER = ROOT / "sweeps" / "results.csv"
+TINY = """
+hyperparams: {num_titles: 300, vocab_size: 400, context_length: 16, batch_size: 4, max_steps: 3, evals_per_epoch: 1, optimizer: adamw}
+model_configs: {gpt: {d_model: 16, hidden_layer: 16, n_layer: 1}}
+attn_configs: {causal: {n_head: 2}}
+data: {source: synthetic}
+tokenizer: {kind: bpe}
+"""
+
+
+@pytest.fixture
+def recipes(tmp_path, monkeypatch):
+    """benchmarks/recipes.py, working in a folder of its own on a study of three runs, the second of which cannot be."""
+    spec = importlib.util.spec_from_file_location("recipes", ROOT / "benchmarks" / "recipes.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    (tmp_path / "sweeps").mkdir()
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    runs = {"one": ["hyperparams.seed=1"], "impossible": ["attn_configs.causal.n_head=3"], "two": ["hyperparams.seed=2"]}
+    study = {name: ("tiny.yaml", more) for name, more in runs.items()}
+    for name, value in {"ROOT": tmp_path, "LEDGER": tmp_path / "sweeps" / "results.csv", "STUDIES": {"tiny": lambda: study}}.items():
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setenv("HN_TITLES", "not-used.txt")
+    return module
+
+
+def test_every_run_gets_a_row_and_only_once(recipes, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["recipes.py", "tiny"])
+    recipes.main()
+    rows = recipes.read_ledger()
+    ended = [("one", "finished", "1"), ("impossible", "failed", "1337"), ("two", "finished", "2")]
+    assert [(r["name"], r["status"], r["seed"]) for r in rows] == ended
+    assert "3 heads do not divide" in rows[1]["error"] and not rows[1]["val/loss"]
+    assert rows[0]["val/loss"] != rows[2]["val/loss"] and 0 < float(rows[0]["val/coverage"]) <= 1
+    assert rows[0]["command"] == "mainrun-train --config tiny.yaml --out sweeps/runs/tiny-one hyperparams.seed=1"
+    assert [r["d"] for r in runs_table(recipes.LEDGER)] == [3 * 4 * 16] * 2  # the scaling chapter reads it
+    capfd.readouterr()
+    recipes.main()
+    assert capfd.readouterr().out == "" and recipes.read_ledger() == rows
+
+
+@pytest.mark.skipif(not LEDGER.exists(), reason="no full runs yet")
+def test_the_ledger_tells_what_was_run():
+    with LEDGER.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len({(r["study"], r["name"]) for r in rows}) == len(rows) > 0
+    for row in rows:
+        program, *words = shlex.split(row["command"])
+        assert program == "mainrun-train" and words[0] == "--config" and words[2] == "--out"
+        cfg = load_config(ROOT / words[1], words[4:])
+        assert str(cfg.hyperparams.seed) == row["seed"] and str(cfg.hyperparams.batch_size) == row["batch_size"]
+        assert row["status"] in ("finished", "failed")
+        if row["status"] == "finished":
+            assert 0.5 < float(row["val/loss"]) < 3 and 0 < float(row["val/coverage"]) <= 1 and len(row["sha256"]) == 12
