@@ -8,7 +8,7 @@ Every variant computes the same job: B 1, H 4, D 32, float32, block = stride = w
 For each length the variants take turns, round after round, so that a busy moment of the machine falls on all of them; a figure is
 the median over the rounds, a ratio is the median of the rounds' ratios to dense causal SDPA. Memory is the allocator's peak during
 one forward + backward, the inputs not counted: from the profiler's allocation events on CPU, from CUDA's own counter there.
-A new variant is one function with `@variant("name")`.
+All run as they do in training, where the C library keeps freed memory. A new variant is one function with `@variant("name")`.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from mainrun_nb.attention import attend_plain
 from mainrun_nb.config import SparseAttnConfig
 from mainrun_nb.sparse_attention import attend_sparse, sparse_bias
 from mainrun_nb.sparsek import Selection, sparsek_fast
+from mainrun_nb.trainer import freed_memory_kept
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -238,7 +239,8 @@ def main() -> None:
     shape = {"B": args.batch, "H": args.heads, "block": args.block}
     variants: dict[str, dict] = {n: {} for n in names}
     for T in args.lengths:
-        rows = measure(T, names, args.rounds, args.seconds, args.device, shape)
+        with freed_memory_kept():
+            rows = measure(T, names, args.rounds, args.seconds, args.device, shape)
         print(f"T = {T}")
         for n, row in rows.items():
             variants[n][str(T)] = row
