@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PATTERNS', 'EVERY', 'SHORT', 'sees', 'plan_heads', 'sparse_mask', 'broken_rules', 'check_sparse', 'count_pairs',
            'attend_masked', 'Piece', 'cut', 'columns', 'tiles_before', 'window_pieces', 'block_pieces', 'column_pieces',
-           'summary_of', 'staircase', 'summary_pieces', 'block_sparse_pieces', 'attend_blocks', 'sparse_bias',
-           'dense_pieces', 'blocks_pay', 'attend_sparse', 'SparseAttention']
+           'summary_of', 'staircase', 'summary_pieces', 'block_sparse_pieces', 'save_all', 'saved_all', 'attend_blocks',
+           'sparse_bias', 'dense_pieces', 'blocks_pay', 'attend_sparse', 'SparseAttention']
 
 # %% ../nbs/06_sparse_attention.ipynb #7cd80e69
 from collections.abc import Callable
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .attention import AttnCommon, CausalAttention, TokenInfo, allowed, attend_fast, keep_mask, register_attention
 from .config import InputError, SparseAttnConfig
@@ -341,6 +342,21 @@ def _backward(pieces: list[Piece], g: Tensor, q: Tensor, out: Tensor, e: Tensor,
             (target.add_ if str(piece.heads) in begun else target.copy_)(grad.unflatten(0, like.shape[:-3]))
         begun.add(str(piece.heads))
 
+# %% ../nbs/06_sparse_attention.ipynb #08bcab79
+def save_all(ctx: Any, things: Any, *tensors: Tensor) -> None:
+    "Save tensors, and those inside nested lists, tuples and dicts, so that autograd frees them after use."
+    leaves, spec = tree_flatten(things)
+    ctx.save_for_backward(*tensors, *(x for x in leaves if isinstance(x, Tensor)))
+    ctx.others, ctx.spec = [None if isinstance(x, Tensor) else (x,) for x in leaves], spec
+
+
+def saved_all(ctx: Any) -> tuple[Any, list[Tensor]]:
+    "The things and the tensors given to `save_all`."
+    inside = sum(x is None for x in ctx.others)
+    tensors = list(ctx.saved_tensors)
+    found = iter(tensors[len(tensors) - inside :])
+    return tree_unflatten([next(found) if x is None else x[0] for x in ctx.others], ctx.spec), tensors[: len(tensors) - inside]
+
 # %% ../nbs/06_sparse_attention.ipynb #f6d06f83
 class _Attend(torch.autograd.Function):
     "Attention over a list of pieces; gradients for q, k, v and the summary columns of k and v."
@@ -348,19 +364,19 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, pieces: list[Piece], titles: tuple, dropout: float, q: Tensor, *kv: Tensor) -> Tensor:  # type: ignore[override]
         stores = {"text": kv[:2], "self": kv[:2], "summary": kv[2:]}
-        out, e, ctx.keeps = _forward(pieces, q, stores, titles, dropout)
-        ctx.pieces, ctx.titles, ctx.dropout = pieces, titles, dropout
-        ctx.save_for_backward(out, e, q, *kv)
+        out, e, keeps = _forward(pieces, q, stores, titles, dropout)
+        ctx.pieces, ctx.dropout = pieces, dropout
+        save_all(ctx, (titles, keeps), out, e, q, *kv)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
-        out, e, q, *kv = ctx.saved_tensors
+        (titles, keeps), (out, e, q, *kv) = saved_all(ctx)
         total = [x.new_empty(x.shape, dtype=e.dtype) for x in (q, *kv[:2])] + [x.new_zeros(x.shape, dtype=e.dtype) for x in kv[2:]]
         stores = {"text": kv[:2], "self": kv[:2], "summary": kv[2:]}
         grads: dict[str, Any] = {"q": total[0], "text": total[1:3], "self": total[1:3], "summary": total[3:]}
-        _backward(ctx.pieces, g, q, out, e, stores, grads, ctx.titles, ctx.dropout, ctx.keeps)
+        _backward(ctx.pieces, g, q, out, e, stores, grads, titles, ctx.dropout, keeps)
         return (None, None, None, *(x.to(q.dtype) for x in total))
 
 # %% ../nbs/06_sparse_attention.ipynb #02bbc22e

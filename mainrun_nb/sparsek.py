@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from .attention import Attention, AttnCommon, TokenInfo, attend_fast, dropout, keep_mask, register_attention
 from .config import InputError, SparseKAttnConfig
+from .sparse_attention import save_all, saved_all
 
 # %% ../nbs/07_sparsek.ipynb #606ee19f
 EDGE = 1e-9  # a gate this near 0 or 1 is there: rounding must not decide which entries share a gradient
@@ -480,21 +481,22 @@ class _Streamed(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, u: Tensor, plan: _Plan, grid: _Grid, drop: float) -> Tensor:  # type: ignore[override]
         qs = F.pad(q, (0, 0, 0, grid.padded - grid.length)).reshape(grid.rows, grid.rule.chunk, -1)
         ks, vs, out = _padded(k, grid), _padded(v, grid), torch.empty_like(qs)
-        ctx.job = _Job(plan, grid, drop, {}, {})
+        job = _Job(plan, grid, drop, {}, {})
         for b in grid.blocks(q.device):
-            _block_forward(ctx.job, b, qs[b], ks, vs, out[b])
-        ctx.save_for_backward(qs, out, ks, vs)
+            _block_forward(job, b, qs[b], ks, vs, out[b])
+        save_all(ctx, job, qs, out, ks, vs)
         return out.view(grid.batch, grid.heads, grid.padded, -1)[:, :, : grid.length]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple:  # type: ignore[override]
-        (qs, out, ks, vs), grid = ctx.saved_tensors, ctx.job.grid
+        job, (qs, out, ks, vs) = saved_all(ctx)
+        grid = job.grid
         gs = F.pad(g, (0, 0, 0, grid.padded - grid.length)).reshape(qs.shape)
-        du = ctx.job.plan.new.new_zeros(ks.shape[0])
+        du = job.plan.new.new_zeros(ks.shape[0])
         dq, dk, dv = torch.empty_like(qs), torch.zeros_like(ks), torch.zeros_like(vs)
         for b in grid.blocks(g.device):
-            _block_backward(ctx.job, b, gs[b], qs[b], out[b], ks, vs, (dq, dk, dv, du))
+            _block_backward(job, b, gs[b], qs[b], out[b], ks, vs, (dq, dk, dv, du))
         dq = dq.view(grid.batch, grid.heads, grid.padded, -1)[:, :, : grid.length]
         return dq, _unpadded(dk, grid), _unpadded(dv, grid), _unpadded(du, grid)[..., 0], None, None, None
 

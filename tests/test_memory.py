@@ -13,15 +13,15 @@ spec = importlib.util.spec_from_file_location("bench_memory", ROOT / "benchmarks
 bench = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(bench)
 
-CASES = ["causal, adafactor", "causal, muon", "bottleneck, bf16", "fixed, plain", "strided, plain", "local, checkpointing",
-         "sparsek, accumulate", "unet, r_drop"]
+CASES = ["causal, adafactor", "causal, muon", "bottleneck, bf16", "fixed, plain", "strided, title mask", "local, checkpointing",
+         "sparsek, accumulate", "sparsek, checkpointing", "unet, r_drop"]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_prediction(name):
-    """Within 2 % of the allocator's peak; a small vocabulary keeps this quick."""
-    cfg = load_config(overrides=[*bench.grid()[name][0], "hyperparams.context_length=64"])
-    assert simulate_step(cfg, 4000)[0]["total"] == pytest.approx(measured_peak(cfg, 4000), rel=0.02)
+    """Within 1 % of the allocator's peak; a small vocabulary keeps this quick. Rows long enough for SparseK to select."""
+    cfg = load_config(overrides=[*bench.grid()[name][0], "hyperparams.context_length=96"])
+    assert simulate_step(cfg, 4000)[0]["total"] == pytest.approx(measured_peak(cfg, 4000), rel=0.01)
 
 
 def test_tied_weights_and_buffers_once():
