@@ -1,6 +1,6 @@
 """What a sweep costs beside the training itself: overhead of a papermill trial, and trials per hour with one and two workers.
 
-    python benchmarks/sweep.py [--quick] [--json FILE]
+    python benchmarks/sweep.py        writes benchmarks/results/sweep.json
 
 Overhead: the wall time of one trial as the sweep runs it (a process, papermill, a kernel, the imports, the run), less that of the same
 run by `mainrun-train` in a process of its own, and less that of the same run called from a Python that has everything imported already.
@@ -9,6 +9,7 @@ The budget is 4 s above the former. All three in turn, several times; medians.
 import argparse
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -72,7 +73,7 @@ def pace(folder: Path, jobs: int, trials: int, fast: bool) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one repetition, two trials")
-    parser.add_argument("--json", type=Path, help="where to write the result")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results") / "sweep.json")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     import torch
@@ -81,17 +82,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(tmp)
         (folder / "base.yaml").write_text(BASE.replace("STEPS", "50" if args.quick else "200"))
-        result: dict = {"seconds": overhead(folder, 1 if args.quick else 5), "cores": os.cpu_count(), "steps": 50 if args.quick else 200}
-        if not args.quick:
-            plan = [("notebook", False, 6), ("fast", True, 6)]
-        else:
-            plan = [("fast", True, 2)]
+        machine = {"platform": platform.platform(), "cores": os.cpu_count(), "torch": torch.__version__, "python": platform.python_version()}
+        result: dict = {"machine": machine, "steps": 50 if args.quick else 200, "seconds": overhead(folder, 1 if args.quick else 3)}
+        plan = [("fast", True, 2)] if args.quick else [("notebook", False, 4), ("fast", True, 4)]
         result["trials_per_hour"] = {f"{name}, {j} workers": pace(folder, j, n, fast) for name, fast, n in plan for j in (1, 2)}
     text = json.dumps(result, indent=1)
     print(text)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(text + "\n")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(text + "\n")
 
 
 if __name__ == "__main__":
