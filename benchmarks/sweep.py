@@ -82,7 +82,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(tmp)
         (folder / "base.yaml").write_text(BASE.replace("STEPS", "50" if args.quick else "200"))
-        machine = {"platform": platform.platform(), "cores": os.cpu_count(), "torch": torch.__version__, "python": platform.python_version()}
+        machine = {"platform": platform.platform(), "cores": os.cpu_count(),
+                   "torch": torch.__version__, "python": platform.python_version()}
         result: dict = {"machine": machine, "steps": 50 if args.quick else 200, "seconds": overhead(folder, 1 if args.quick else 3)}
         plan = [("fast", True, 2)] if args.quick else [("notebook", False, 4), ("fast", True, 4)]
         result["trials_per_hour"] = {f"{name}, {j} workers": pace(folder, j, n, fast) for name, fast, n in plan for j in (1, 2)}
