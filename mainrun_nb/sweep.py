@@ -301,7 +301,8 @@ def trial_command(folder: Path, base: str, overrides: list[str], fast: bool) -> 
         return [sys.executable, "-c", call, base, str(folder / "run"), *overrides]
     parameters = yaml.safe_dump({"config": base, "overrides": overrides, "out": str(folder / "run")})
     notebook = [str(template("trial.ipynb")), str(folder / "out.ipynb")]
-    return [sys.executable, "-m", "papermill", *notebook, "-y", parameters, "--no-progress-bar", "-k", "python3"]
+    call = "import sys; sys.modules['rfc3987_syntax'] = None; from papermill.cli import papermill; papermill()"
+    return [sys.executable, "-c", call, *notebook, "-y", parameters, "--no-progress-bar", "-k", "python3"]
 
 # %% ../nbs/18_sweep.ipynb #c950b9ff
 def _stop(child: subprocess.Popen, fast: bool) -> None:

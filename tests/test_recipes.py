@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -30,7 +31,7 @@ def recipes(tmp_path, monkeypatch):
     spec.loader.exec_module(module)
     (tmp_path / "sweeps").mkdir()
     (tmp_path / "tiny.yaml").write_text(TINY)
-    runs = {"one": ["hyperparams.seed=1"], "impossible": ["attn_configs.causal.n_head=3"], "two": ["hyperparams.seed=2"]}
+    runs = {"one": [], "impossible": ["attn_configs.causal.n_head=3"], "two": ["hyperparams.lr=0.01"]}
     study = {name: ("tiny.yaml", more) for name, more in runs.items()}
     for name, value in {"ROOT": tmp_path, "LEDGER": tmp_path / "sweeps" / "results.csv", "STUDIES": {"tiny": lambda: study}}.items():
         monkeypatch.setattr(module, name, value)
@@ -41,23 +42,33 @@ def recipes(tmp_path, monkeypatch):
 def test_every_run_gets_a_row_and_only_once(recipes, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", ["recipes.py", "tiny"])
     recipes.main()
-    rows = recipes.read_ledger()
-    ended = [("one", "finished", "1"), ("impossible", "failed", "1337"), ("two", "finished", "2")]
+    rows = list(recipes.read_ledger().values())
+    ended = [("one", "finished", "1337"), ("impossible", "failed", "1337"), ("two", "finished", "1337")]
     assert [(r["name"], r["status"], r["seed"]) for r in rows] == ended
     assert "3 heads do not divide" in rows[1]["error"] and not rows[1]["val/loss"]
     assert rows[0]["val/loss"] != rows[2]["val/loss"] and 0 < float(rows[0]["val/coverage"]) <= 1
-    assert rows[0]["command"] == "mainrun-train --config tiny.yaml --out sweeps/runs/tiny-one hyperparams.seed=1"
+    assert rows[0]["command"] == "mainrun-train --config tiny.yaml --out sweeps/runs/tiny-one-1337"
     assert [r["d"] for r in runs_table(recipes.LEDGER)] == [3 * 4 * 16] * 2  # the scaling chapter reads it
     capfd.readouterr()
     recipes.main()
-    assert capfd.readouterr().out == "" and recipes.read_ledger() == rows
+    assert capfd.readouterr().out == "" and list(recipes.read_ledger().values()) == rows
+
+
+def test_seeds_and_several_at_a_time(recipes, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["recipes.py", "tiny", "--only", "one", "--seeds", "1", "2", "--jobs", "2"])
+    recipes.main()
+    rows = recipes.read_ledger()
+    assert set(rows) == {("tiny", "one", "1"), ("tiny", "one", "2")}
+    one, two = rows["tiny", "one", "1"], rows["tiny", "one", "2"]
+    assert one["val/loss"] != two["val/loss"] and one["sha256"] == two["sha256"]
+    assert two["command"].endswith("sweeps/runs/tiny-one-2 hyperparams.seed=2") and int(two["threads"]) <= max(1, os.cpu_count() // 2)
 
 
 @pytest.mark.skipif(not LEDGER.exists(), reason="no full runs yet")
 def test_the_ledger_tells_what_was_run():
     with LEDGER.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert len({(r["study"], r["name"]) for r in rows}) == len(rows) > 0
+    assert len({(r["study"], r["name"], r["seed"]) for r in rows}) == len(rows) > 0
     for row in rows:
         program, *words = shlex.split(row["command"])
         assert program == "mainrun-train" and words[0] == "--config" and words[2] == "--out"
