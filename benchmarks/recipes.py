@@ -3,6 +3,7 @@
     HN_TITLES=titles.txt.gz python benchmarks/recipes.py control             what the ledger lacks of one study
     HN_TITLES=titles.txt.gz python benchmarks/recipes.py control --dry       only show the commands
     HN_TITLES=titles.txt.gz python benchmarks/recipes.py screen --only small wsd --seeds 1337 1 2 --jobs 2
+    HN_TITLES=titles.txt.gz python benchmarks/recipes.py full --only control final --untouched     score on titles never drawn
 
 Every run is the command that its row names, in a process of its own; with --jobs several at a time, the cores shared out among them. A run
 that fails gets a row too, with its error. Killed, the same command goes on where it was: finished runs are skipped, those under way are
@@ -27,9 +28,10 @@ from mainrun_nb.checkpoint import atomic_write
 ROOT = Path(__file__).resolve().parents[1]
 LEDGER = ROOT / "sweeps" / "results.csv"
 SMALL = "sweeps/base/small.yaml"
-COLUMNS = ["study", "name", "seed", "status", "val/loss", "val/challenge_loss", "val/coverage", "val/nats_per_token", "reference/bigram",
-           "train_seconds", "tokens_per_second", "peak_memory_bytes", "parameters", "parameters_non_embedding", "steps", "batch_size",
-           "context_length", "n_titles", "tokens_per_epoch", "sha256", "commit", "torch", "threads", "cpu_count", "error", "command"]
+COLUMNS = ["study", "name", "seed", "status", "val/loss", "val/challenge_loss", "val/coverage", "val/nats_per_token", "reference/unigram",
+           "reference/bigram", "train_seconds", "tokens_per_second", "peak_memory_bytes", "parameters", "parameters_non_embedding",
+           "steps", "batch_size", "context_length", "n_titles", "tokens_per_epoch", "sha256", "commit", "torch",
+           "threads", "cpu_count", "error", "command"]
 
 Study = dict[str, tuple[str, list[str]]]  # name -> configuration, overrides
 
@@ -56,8 +58,8 @@ def attention() -> Study:
 
 
 PROXY = ["hyperparams.epochs=2", "hyperparams.evals_per_epoch=1"]  # 2.3 million tokens; six minutes or so on two cores
-FULL = ["hyperparams.epochs=7", "hyperparams.evals_per_epoch=1"]
-PLAIN = ["model_configs.gpt.position=learned", "hyperparams.optimizer=adamw", "hyperparams.weight_decay=0.1", "hyperparams.title_mask=false"]
+PLAIN = ["model_configs.gpt.position=learned", "hyperparams.optimizer=adamw", "hyperparams.weight_decay=0.1",
+         "hyperparams.title_mask=false"]
 
 
 def control() -> Study:
@@ -78,19 +80,40 @@ def screen() -> Study:
     })
 
 
+def screen2() -> Study:
+    "The three largest gains of `screen` together, and again one change at a time."
+    three = ["tokenizer.kind=unigram", "hyperparams.scheduler=wsd", "hyperparams.adamw_lr=5.0e-3"]
+    gpt = "model_configs.gpt"
+    return of_small([*PROXY, *three], {
+        "three": [], "adamw-lr-1.0e-2": ["hyperparams.adamw_lr=1.0e-2"], "lr-2.0e-2": ["hyperparams.lr=2.0e-2"],
+        "swiglu": [f"{gpt}.activation_function=swiglu"], "batch-8": ["hyperparams.batch_size=8"], "decay-0.3": ["hyperparams.decay=0.3"],
+        "no-dropout": [f"{gpt}.dropout=0"], "weight-decay": ["hyperparams.weight_decay=0.1"], "gate": [f"{gpt}.output_gate=true"],
+        "deep": [f"{gpt}.n_layer=6", f"{gpt}.hidden_layer=156"], "layer-scale": [f"{gpt}.layer_scale=0.1"],
+        "rmsnorm": [f"{gpt}.norm=rmsnorm", f"{gpt}.bias=false"],
+    })
+
+
 def assessed() -> Study:
     "What the assessment measured, on sizes that fit here: its batch sizes with the challenge's optimizer, and its headline recipe."
-    gpt = "model_configs.gpt"
+    gpt, base = "model_configs.gpt", "sweeps/base/baseline.yaml"
     narrow = ["hyperparams.evals_per_epoch=1", "hyperparams.amp_bool=true", f"{gpt}.d_model=128", f"{gpt}.hidden_layer=128"]
-    batches = {f"batch-{b}": ("sweeps/base/baseline.yaml", ["hyperparams.epochs=2", *narrow, f"{gpt}.n_layer=2", f"hyperparams.batch_size={b}"])
-               for b in (32, 64, 128, 256)}
+    two = ["hyperparams.epochs=2", *narrow, f"{gpt}.n_layer=2"]
     headline = ["hyperparams.epochs=3", *narrow, f"{gpt}.n_layer=8", f"{gpt}.init_method=xavier", "hyperparams.optimizer=adamw",
                 "hyperparams.lr=0.02", "hyperparams.weight_decay=0.5", "hyperparams.batch_size=256", "hyperparams.context_length=256",
-                "hyperparams.grad_accum=16"]
-    return batches | {"headline": ("sweeps/base/baseline.yaml", headline)}
+                "hyperparams.grad_accum=16"]  # the last for memory; the numbers are the same
+    return {f"batch-{b}": (base, [*two, f"hyperparams.batch_size={b}"]) for b in (32, 64, 128, 256)} | {"headline": (base, headline)}
 
 
-STUDIES = {"attention": attention, "control": control, "screen": screen, "assessed": assessed}
+def full() -> Study:
+    "All seven passes: the control, the final recipe, and that recipe without each of its largest gains."
+    final = "sweeps/sota/small.yaml"
+    return {"control": ("sweeps/sota/small_control.yaml", []), "final": (final, []),
+            "without-muon": (final, ["hyperparams.optimizer=adamw", "hyperparams.lr=4.0e-3", "hyperparams.weight_decay=0.1"]),
+            "without-unigram": (final, ["tokenizer.kind=bpe"]),
+            "without-adamw-lr": (final, ["hyperparams.adamw_lr=2.0e-3"])}
+
+
+STUDIES = {"full": full, "attention": attention, "control": control, "screen": screen, "screen2": screen2, "assessed": assessed}
 Key = tuple[str, str, str]  # study, name, seed
 
 
@@ -125,8 +148,9 @@ def row_of(result: dict[str, Any]) -> dict[str, Any]:
     "The ledger's columns from a result.json."
     data, device = result["data"], result["device"]
     losses = {k: round(result[k], 5) for k in ("val/loss", "val/challenge_loss", "val/coverage", "val/nats_per_token")}
+    counted = {k: round(data[k], 5) for k in ("reference/unigram", "reference/bigram")}
     rates = {k: round(result[k]) for k in ("train_seconds", "tokens_per_second")}
-    return {**result, **data, **device, **losses, **rates, "status": "finished", "reference/bigram": round(data["reference/bigram"], 5),
+    return {**result, **data, **device, **losses, **counted, **rates, "status": "finished",
             "sha256": data["sha256"][:12], "torch": result["versions"]["torch"], "commit": (result["commit"] or "")[:10]}
 
 
@@ -158,10 +182,37 @@ def run(key: Key, config: str, overrides: list[str], threads: int) -> None:
     print(f"{study} {name} {seed}: {result['val/loss']:.4f} nats per character in {result['train_seconds'] / 60:.1f} minutes", flush=True)
 
 
+def score_untouched(key: Key) -> None:
+    "Evaluate a finished run on 10,000 titles that the protocol never drew, those that it would draw next."
+    from mainrun_nb.config import load_config
+    from mainrun_nb.data import load_titles
+
+    titles = ROOT / "sweeps" / "runs" / "untouched.txt"
+    if not titles.exists():
+        cfg = load_config(ROOT / SMALL)
+        drawn = cfg.hyperparams.num_titles
+        cfg.hyperparams.num_titles = drawn + 10_000
+        atomic_write(titles, "\n".join(load_titles(cfg)[drawn:]) + "\n")
+    command = ["mainrun-eval", folder_of(key), "--titles", str(titles.relative_to(ROOT))]
+    program = str(Path(sys.executable).with_name(command[0]))
+    done = subprocess.run([program, *command[1:]], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    row = {k: round(v, 5) for k, v in json.loads(done.stdout).items() if k in COLUMNS}
+    same = ("batch_size", "context_length", "parameters", "steps", "commit", "torch")
+    trained = {k: v for k, v in read_ledger()[key].items() if k in same}
+    add_row({**trained, **row, "study": "untouched", "name": key[1], "seed": key[2], "status": "finished", "n_titles": 10_000,
+             "command": shlex.join(command)})
+    print(f"untouched {key[1]} {key[2]}: {row['val/loss']:.4f} nats per character", flush=True)
+
+
+def folder_of(key: Key) -> str:
+    "The folder of one run."
+    return "sweeps/runs/" + "-".join(key)
+
+
 def command_of(key: Key, config: str, overrides: list[str]) -> list[str]:
     "The command of one run."
     seed = [] if key[2] == "1337" else [f"hyperparams.seed={key[2]}"]  # the default
-    return ["mainrun-train", "--config", config, "--out", "sweeps/runs/" + "-".join(key), *overrides, *seed]
+    return ["mainrun-train", "--config", config, "--out", folder_of(key), *overrides, *seed]
 
 
 def main() -> None:
@@ -172,12 +223,18 @@ def main() -> None:
     ap.add_argument("--jobs", type=int, default=1, help="runs at a time")
     ap.add_argument("--dry", action="store_true", help="show the commands and run nothing")
     ap.add_argument("--again", action="store_true", help="run what failed once more")
+    ap.add_argument("--untouched", action="store_true", help="train nothing; score what is finished on titles that were never drawn")
     args = ap.parse_args()
     if not os.environ.get("HN_TITLES"):
         raise SystemExit("HN_TITLES: name a file of titles; the studies are of real ones")
-    done = {k for k, row in read_ledger().items() if not (args.again and row["status"] == "failed")}
-    plan = [((study, name, seed), *what) for study in args.study for seed in args.seeds for name, what in STUDIES[study]().items()
-            if (study, name, seed) not in done and name in (args.only or [name])]
+    asked = {(study, name, seed): what for study in args.study for seed in args.seeds for name, what in STUDIES[study]().items()
+             if name in (args.only or [name])}
+    if args.untouched:
+        for key in asked:
+            score_untouched(key)
+        return
+    done = {key for key, row in read_ledger().items() if not (args.again and row["status"] == "failed")}
+    plan = [(key, *what) for key, what in asked.items() if key not in done]
     if args.dry:
         print("\n".join(shlex.join(command_of(*run)) for run in plan))
         return

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from mainrun_nb.config import load_config
+from mainrun_nb.models import build_model, count_parameters
 from mainrun_nb.scaling import runs_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,9 +73,24 @@ def test_the_ledger_tells_what_was_run():
     assert len({(r["study"], r["name"], r["seed"]) for r in rows}) == len(rows) > 0
     for row in rows:
         program, *words = shlex.split(row["command"])
+        if row["study"] == "untouched":
+            trained = next(r for r in rows if (r["study"], r["name"], r["seed"]) == ("full", row["name"], row["seed"]))
+            assert program == "mainrun-eval" and words[0] == shlex.split(trained["command"])[4]
+            continue
         assert program == "mainrun-train" and words[0] == "--config" and words[2] == "--out"
         cfg = load_config(ROOT / words[1], words[4:])
         assert str(cfg.hyperparams.seed) == row["seed"] and str(cfg.hyperparams.batch_size) == row["batch_size"]
         assert row["status"] in ("finished", "failed")
         if row["status"] == "finished":
             assert 0.5 < float(row["val/loss"]) < 3 and 0 < float(row["val/coverage"]) <= 1 and len(row["sha256"]) == 12
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "sweeps" / "sota").glob("*.yaml")), ids=lambda p: p.stem)
+def test_recipes_keep_to_their_track(path):
+    cfg = load_config(path)
+    with torch.device("meta"):
+        parameters = count_parameters(build_model(cfg, cfg.hyperparams.vocab_size))
+    small = path.stem.startswith("small")
+    assert parameters <= 4_000_000 if small else 27_000_000 <= parameters <= 50_000_000
+    hp = cfg.hyperparams
+    assert (hp.epochs, hp.num_titles, hp.val_frac, cfg.data.seed) == (7, 100_000, 0.1, 1337)
