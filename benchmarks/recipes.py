@@ -64,7 +64,7 @@ PLAIN = ["model_configs.gpt.position=learned", "hyperparams.optimizer=adamw", "h
 
 def control() -> Study:
     "What the recipe is measured against: AdamW, warmup and cosine, learned positions, no title mask; its best learning rate."
-    return of_small(PROXY, {f"lr-{lr}": [*PLAIN, f"hyperparams.lr={lr}"] for lr in ("2.0e-3", "4.0e-3", "1.0e-3", "8.0e-3", "5.0e-4")})
+    return of_small(PROXY, {f"lr-{lr}": [*PLAIN, f"hyperparams.lr={lr}"] for lr in ("2.0e-3", "4.0e-3", "1.0e-3", "8.0e-3", "3.0e-3")})
 
 
 def screen() -> Study:

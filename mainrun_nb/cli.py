@@ -134,7 +134,7 @@ def evaluate_run(
         warnings.warn(str(e), stacklevel=2)
     return {**metrics, **validation_metrics(model, ids, val, cfg, challenge=fits)}
 
-
+# %% ../nbs/20_cli.ipynb #3ebe3c99
 @command("run_dir")
 def eval_cli(
     run_dir: str,  # run folder

@@ -75,7 +75,7 @@ def stream_title(
             ids.append(int(token))
             yield tokenizer.decode(ids[1:])
 
-# %% ../nbs/16_generate.ipynb #3d534adb
+# %% ../nbs/16_generate.ipynb #58e6cae8
 def check_choice(n: int, temperature: float, topk: int, topp: float, max_tokens: int | None) -> None:
     "Raise `InputError` for a setting out of range."
     for name, value, bad, words in [
@@ -86,7 +86,7 @@ def check_choice(n: int, temperature: float, topk: int, topp: float, max_tokens:
         if bad:
             raise InputError(f"{name}: must be {words}, found {value}")
 
-
+# %% ../nbs/16_generate.ipynb #3d534adb
 def write_titles(
     model: Any,
     tokenizer: Any,

@@ -103,7 +103,7 @@ class Dimension:
         edges = np.cumsum(self.weights or [1 / len(self.values)] * len(self.values))
         return self.values[min(int(np.searchsorted(edges, u, side="right")), len(self.values) - 1)]
 
-# %% ../nbs/18_sweep.ipynb #a092aae7
+# %% ../nbs/18_sweep.ipynb #497f84ce
 def _listed(key: str, spec: dict[str, Any]) -> Dimension:
     "A dimension given by `values`, perhaps with `probabilities`. Raises `InputError`."
     values, weights = spec["values"], spec.get("probabilities")
@@ -113,7 +113,7 @@ def _listed(key: str, spec: dict[str, Any]) -> Dimension:
         raise InputError(f"parameters.{key}.probabilities: expected {len(values)} numbers that add up to 1, found {weights!r}")
     return Dimension(key, values, weights=weights)
 
-
+# %% ../nbs/18_sweep.ipynb #a092aae7
 def read_dimension(
     key: str,
     spec: Any,  # its entry
@@ -489,7 +489,7 @@ class Leaderboard:
         "One line per trial."
         return board_csv(self)
 
-
+# %% ../nbs/18_sweep.ipynb #46e31ef4
 def read_board(out_dir: str | Path) -> Leaderboard:
     "The leaderboard of a sweep's folder. Raises `InputError` if it is none."
     if not (Path(out_dir) / "sweep.json").exists():
@@ -948,7 +948,7 @@ def plot_overview(board: Leaderboard) -> Any:
     right.set(xlabel="time of a trial (s)", ylabel=board.metric)
     return fig
 
-
+# %% ../nbs/18_sweep.ipynb #e6957e65
 def plot_settings(board: Leaderboard) -> Any:
     "The metric against each setting that was varied, at most eight, those that matter first: a matplotlib figure."
     from matplotlib.figure import Figure
@@ -1006,7 +1006,7 @@ def described(trial: Trial) -> str:
         lines.append(f"coverage {trial.metrics['val/coverage']:.1%}")
     return "<br>".join(html.escape(line) for line in lines)
 
-
+# %% ../nbs/18_sweep.ipynb #6fd92454
 def live_figures(board: Leaderboard) -> dict[str, Any]:
     "The plotly figures of a sweep, by title."
     go, trials, values = _plotly(), board.ranked, [t.value for t in board.ranked]
