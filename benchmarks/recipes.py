@@ -17,6 +17,7 @@ import io
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from mainrun_nb.checkpoint import atomic_write
+from mainrun_nb.config import load_config
+from mainrun_nb.data import load_titles
 
 ROOT = Path(__file__).resolve().parents[1]
 LEDGER = ROOT / "sweeps" / "results.csv"
@@ -42,22 +45,21 @@ def of_small(budget: list[str], changes: dict[str, list[str]]) -> Study:
 
 
 def attention() -> Study:
-    "Each attention for 500 steps of 2,048 tokens, nearly an epoch; with and without title mask."
-    layer, half = "model_configs.gpt.attention_layer", ["hyperparams.max_steps=500", "hyperparams.evals_per_epoch=1"]
-    sparse = ["attn_configs.sparse.n_head=6", "attn_configs.sparse.local_attn_ctx=16", "attn_configs.sparse.sparseblocksize=16",
-              "attn_configs.sparse.vertsize=4", "attn_configs.sparse.num_verts=3"]
+    "The recipe of the small track with each attention for one pass; with and without title mask."
+    layer, base = "model_configs.gpt.attention_layer", "sweeps/sota/small.yaml"
+    sparse = [f"{layer}=sparse", "attn_configs.sparse.n_head=6", "attn_configs.sparse.local_attn_ctx=16",
+              "attn_configs.sparse.sparseblocksize=16", "attn_configs.sparse.vertsize=4", "attn_configs.sparse.num_verts=3"]
     kinds = {
-        "causal": [],
-        "fixed": [f"{layer}=sparse", "attn_configs.sparse.attn_type=fixed", *sparse],
+        "causal": [], "bottleneck": ["attn_configs.causal.intermediate_dim=96"],
+        "fixed": [*sparse, "attn_configs.sparse.attn_type=fixed"], "strided": [*sparse, "attn_configs.sparse.attn_type=strided"],
+        "local": [*sparse, "attn_configs.sparse.attn_type=local"],
         "sparsek": [f"{layer}=sparsek", "attn_configs.sparsek.n_head=6", "attn_configs.sparsek.k=8", "attn_configs.sparsek.window=16"],
-        "strided": [f"{layer}=sparse", "attn_configs.sparse.attn_type=strided", *sparse],
-        "local": [f"{layer}=sparse", "attn_configs.sparse.attn_type=local", *sparse],
-        "bottleneck": ["attn_configs.causal.intermediate_dim=96"],
     }
-    return of_small(half, kinds | {f"{name}-no-mask": [*change, "hyperparams.title_mask=false"] for name, change in kinds.items()})
+    kinds |= {f"{name}-no-mask": [*change, "hyperparams.title_mask=false"] for name, change in kinds.items()}
+    return {name: (base, ["hyperparams.epochs=1", *change]) for name, change in kinds.items()}
 
 
-PROXY = ["hyperparams.epochs=2", "hyperparams.evals_per_epoch=1"]  # 2.3 million tokens; six minutes or so on two cores
+PROXY = ["hyperparams.epochs=2", "hyperparams.evals_per_epoch=1"]  # 2.3 million tokens; seven minutes or so on two cores
 PLAIN = ["model_configs.gpt.position=learned", "hyperparams.optimizer=adamw", "hyperparams.weight_decay=0.1",
          "hyperparams.title_mask=false"]
 
@@ -146,62 +148,12 @@ def add_row(row: dict[str, Any]) -> None:
 
 def row_of(result: dict[str, Any]) -> dict[str, Any]:
     "The ledger's columns from a result.json."
-    data, device = result["data"], result["device"]
+    data, device, commit = result["data"], result["device"], result["commit"] or ""
     losses = {k: round(result[k], 5) for k in ("val/loss", "val/challenge_loss", "val/coverage", "val/nats_per_token")}
     counted = {k: round(data[k], 5) for k in ("reference/unigram", "reference/bigram")}
     rates = {k: round(result[k]) for k in ("train_seconds", "tokens_per_second")}
-    return {**result, **data, **device, **losses, **counted, **rates, "status": "finished",
-            "sha256": data["sha256"][:12], "torch": result["versions"]["torch"], "commit": (result["commit"] or "")[:10]}
-
-
-def run(key: Key, config: str, overrides: list[str], threads: int) -> None:
-    "Train, or go on training, and enter the result."
-    from mainrun_nb.config import load_config
-
-    study, name, seed = key
-    command = command_of(key, config, overrides)
-    resume = ["--resume"] if (ROOT / command[4] / "config.yaml").exists() else []
-    program, env = str(Path(sys.executable).with_name(command[0])), {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    log = ROOT / f"{command[4]}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as errors:  # a file, not a pipe: should this process die, the run does not
-        done = subprocess.run([program, *command[1:], *resume], cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True,
-                              check=False, env=env)
-    hp = load_config(ROOT / config, overrides).hyperparams
-    row = {"study": study, "name": name, "seed": seed, "command": shlex.join(command), "batch_size": hp.batch_size,
-           "context_length": hp.context_length}
-    if done.returncode > 128 or done.returncode < 0:  # interrupted from outside: no result, and no row
-        raise SystemExit(done.returncode)
-    if done.returncode:
-        error = log.read_text().strip().splitlines()[-1]
-        add_row({**row, "status": "failed", "error": error})
-        print(f"{study} {name} {seed}: {error}", file=sys.stderr)
-        return
-    result = json.loads(done.stdout.splitlines()[-1])
-    add_row({**row, **row_of(result)})
-    print(f"{study} {name} {seed}: {result['val/loss']:.4f} nats per character in {result['train_seconds'] / 60:.1f} minutes", flush=True)
-
-
-def score_untouched(key: Key) -> None:
-    "Evaluate a finished run on 10,000 titles that the protocol never drew, those that it would draw next."
-    from mainrun_nb.config import load_config
-    from mainrun_nb.data import load_titles
-
-    titles = ROOT / "sweeps" / "runs" / "untouched.txt"
-    if not titles.exists():
-        cfg = load_config(ROOT / SMALL)
-        drawn = cfg.hyperparams.num_titles
-        cfg.hyperparams.num_titles = drawn + 10_000
-        atomic_write(titles, "\n".join(load_titles(cfg)[drawn:]) + "\n")
-    command = ["mainrun-eval", folder_of(key), "--titles", str(titles.relative_to(ROOT))]
-    program = str(Path(sys.executable).with_name(command[0]))
-    done = subprocess.run([program, *command[1:]], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    row = {k: round(v, 5) for k, v in json.loads(done.stdout).items() if k in COLUMNS}
-    same = ("batch_size", "context_length", "parameters", "steps", "commit", "torch")
-    trained = {k: v for k, v in read_ledger()[key].items() if k in same}
-    add_row({**trained, **row, "study": "untouched", "name": key[1], "seed": key[2], "status": "finished", "n_titles": 10_000,
-             "command": shlex.join(command)})
-    print(f"untouched {key[1]} {key[2]}: {row['val/loss']:.4f} nats per character", flush=True)
+    return {**result, **data, **device, **losses, **counted, **rates, "status": "finished", "sha256": data["sha256"][:12],
+            "torch": result["versions"]["torch"], "commit": commit[:10] + "+" * commit.endswith("+")}
 
 
 def folder_of(key: Key) -> str:
@@ -215,6 +167,51 @@ def command_of(key: Key, config: str, overrides: list[str]) -> list[str]:
     return ["mainrun-train", "--config", config, "--out", folder_of(key), *overrides, *seed]
 
 
+def failure(code: int, log: Path) -> str:
+    "Why a run failed; raises `SystemExit` where it was only interrupted, or is still running elsewhere."
+    error = ([line for line in log.read_text().splitlines() if line.strip()] or ["no message"])[-1]
+    if code in (-signal.SIGINT, -signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.SIGTERM) or "another process" in error:
+        raise SystemExit(f"{log.stem}: {error}")
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else error
+
+
+def run(key: Key, config: str, overrides: list[str], threads: int) -> None:
+    "Train, or go on training, and enter the result."
+    (study, name, seed), command = key, command_of(key, config, overrides)
+    resume = ["--resume"] if (ROOT / folder_of(key) / "config.yaml").exists() else []
+    program, env = str(Path(sys.executable).with_name(command[0])), {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    log = ROOT / f"{folder_of(key)}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as errors:  # a file, not a pipe: should this process die, the run does not
+        done = subprocess.run([program, *command[1:], *resume], cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True,
+                              check=False, env=env)
+    row = {"study": study, "name": name, "seed": seed, "command": shlex.join(command)}
+    if done.returncode:
+        error = failure(done.returncode, log)
+        add_row({**row, "status": "failed", "error": error})
+        print(f"{study} {name} {seed}: {error}", file=sys.stderr, flush=True)
+        return
+    result, hp = json.loads(done.stdout.splitlines()[-1]), load_config(ROOT / folder_of(key) / "config.yaml").hyperparams
+    add_row({**row_of(result), **row, "batch_size": hp.batch_size, "context_length": hp.context_length})
+    print(f"{study} {name} {seed}: {result['val/loss']:.4f} nats per character in {result['train_seconds'] / 60:.1f} minutes", flush=True)
+
+
+def score_untouched(trained: dict[str, str]) -> None:
+    "Evaluate a finished run on 10,000 titles that the protocol never drew: those that it would draw next."
+    cfg = load_config(ROOT / SMALL)
+    drawn = cfg.hyperparams.num_titles
+    cfg.hyperparams.num_titles = drawn + 10_000
+    titles = ROOT / "sweeps" / "runs" / "untouched.txt"
+    atomic_write(titles, "\n".join(load_titles(cfg)[drawn:]) + "\n")
+    command = ["mainrun-eval", shlex.split(trained["command"])[4], "--titles", str(titles.relative_to(ROOT))]
+    program = str(Path(sys.executable).with_name(command[0]))
+    done = subprocess.run([program, *command[1:]], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    row = {k: round(v, 5) for k, v in json.loads(done.stdout).items() if k in COLUMNS}
+    same = {k: trained[k] for k in ("name", "seed", "status", "batch_size", "context_length", "parameters", "steps", "commit", "torch")}
+    add_row({**same, **row, "study": "untouched", "n_titles": 10_000, "command": shlex.join(command)})
+    print(f"untouched {trained['name']} {trained['seed']}: {row['val/loss']:.4f} nats per character", flush=True)
+
+
 def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("study", nargs="+", choices=list(STUDIES))
@@ -223,25 +220,32 @@ def main() -> None:
     ap.add_argument("--jobs", type=int, default=1, help="runs at a time")
     ap.add_argument("--dry", action="store_true", help="show the commands and run nothing")
     ap.add_argument("--again", action="store_true", help="run what failed once more")
-    ap.add_argument("--untouched", action="store_true", help="train nothing; score what is finished on titles that were never drawn")
+    ap.add_argument("--untouched", action="store_true", help="train nothing; score what `full` has finished, once, on titles never drawn")
     args = ap.parse_args()
     if not os.environ.get("HN_TITLES"):
         raise SystemExit("HN_TITLES: name a file of titles; the studies are of real ones")
     asked = {(study, name, seed): what for study in args.study for seed in args.seeds for name, what in STUDIES[study]().items()
              if name in (args.only or [name])}
+    ledger = read_ledger()
     if args.untouched:
         for key in asked:
-            score_untouched(key)
+            if key[0] == "full" and ("untouched", *key[1:]) not in ledger and ledger.get(key, {}).get("status") == "finished":
+                score_untouched(ledger[key])
         return
-    done = {key for key, row in read_ledger().items() if not (args.again and row["status"] == "failed")}
-    plan = [(key, *what) for key, what in asked.items() if key not in done]
+    plan = [(key, *what) for key, what in asked.items() if key not in ledger or (args.again and ledger[key]["status"] == "failed")]
+    changed = [key for key, what in asked.items() if key in ledger and ledger[key]["command"] != shlex.join(command_of(key, *what))]
+    if changed:
+        raise SystemExit(f"{' '.join(changed[0])}: the ledger's row is of another command; give the new run another name")
     if args.dry:
         print("\n".join(shlex.join(command_of(*run)) for run in plan))
         return
-    with ThreadPoolExecutor(args.jobs) as pool:
-        threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    pool = ThreadPoolExecutor(args.jobs)
+    try:
         for future in [pool.submit(run, *what, threads) for what in plan]:
             future.result()
+    finally:  # interrupted, the runs under way end by themselves, and no further one begins
+        pool.shutdown(cancel_futures=True)
 
 
 if __name__ == "__main__":

@@ -66,6 +66,41 @@ def test_seeds_and_several_at_a_time(recipes, monkeypatch):
     assert two["command"].endswith("sweeps/runs/tiny-one-2 hyperparams.seed=2") and int(two["threads"]) <= max(1, os.cpu_count() // 2)
 
 
+def test_a_dry_run_runs_nothing_and_a_changed_command_is_refused(recipes, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["recipes.py", "tiny", "--only", "one", "--dry"])
+    recipes.main()
+    assert capsys.readouterr().out.strip() == "mainrun-train --config tiny.yaml --out sweeps/runs/tiny-one-1337"
+    assert recipes.read_ledger() == {}
+    recipes.add_row({"study": "tiny", "name": "one", "seed": 1337, "status": "finished", "command": "mainrun-train --config other.yaml"})
+    with pytest.raises(SystemExit, match="tiny one 1337: the ledger's row is of another command"):
+        recipes.main()
+
+
+def test_what_was_failed_and_what_only_interrupted(recipes, tmp_path):
+    log = tmp_path / "run.log"
+    log.write_text("step 3\nhyperparams.lr: must be above 0\n\n")
+    assert recipes.failure(2, log) == "hyperparams.lr: must be above 0"
+    assert recipes.failure(-9, log) == "killed by SIGKILL"
+    for code in (130, 143, -2, -15):
+        with pytest.raises(SystemExit):
+            recipes.failure(code, log)
+    log.write_text("run: another process is training in this folder; choose another --out\n")
+    with pytest.raises(SystemExit):
+        recipes.failure(2, log)
+
+
+@pytest.mark.parametrize("name", ["final", "control"])
+def test_what_is_said_of_the_recipes_is_in_the_ledger(name):
+    with LEDGER.open(newline="", encoding="utf-8") as file:
+        rows = [r for r in csv.DictReader(file) if (r["study"], r["name"], r["status"]) == ("full", name, "finished")]
+    config = shlex.split(rows[0]["command"])[2]
+    first = next(r for r in rows if r["seed"] == "1337")
+    assert f"{float(first['val/loss']):.4f} nats per character" in (ROOT / config).read_text()
+    loss = sum(float(r["val/loss"]) for r in rows) / len(rows)
+    line = next(text for text in (ROOT / "README.md").read_text().splitlines() if text.startswith(f"| [{name}]({config})"))
+    assert f"**{loss:.3f}**" in line and line.endswith(f"| {len(rows)} |")
+
+
 @pytest.mark.skipif(not LEDGER.exists(), reason="no full runs yet")
 def test_the_ledger_tells_what_was_run():
     with LEDGER.open(newline="", encoding="utf-8") as file:
