@@ -60,13 +60,13 @@ def attention() -> Study:
 
 
 PROXY = ["hyperparams.epochs=2", "hyperparams.evals_per_epoch=1"]  # 2.3 million tokens; seven minutes or so on two cores
-PLAIN = ["model_configs.gpt.position=learned", "hyperparams.optimizer=adamw", "hyperparams.weight_decay=0.1",
-         "hyperparams.title_mask=false"]
 
 
 def control() -> Study:
     "What the recipe is measured against: AdamW, warmup and cosine, learned positions, no title mask; its best learning rate."
-    return of_small(PROXY, {f"lr-{lr}": [*PLAIN, f"hyperparams.lr={lr}"] for lr in ("2.0e-3", "4.0e-3", "1.0e-3", "8.0e-3", "3.0e-3")})
+    plain = ["model_configs.gpt.position=learned", "hyperparams.optimizer=adamw", "hyperparams.weight_decay=0.1",
+             "hyperparams.title_mask=false"]
+    return of_small([*PROXY, *plain], {f"lr-{lr}": [f"hyperparams.lr={lr}"] for lr in ("2.0e-3", "4.0e-3", "1.0e-3", "8.0e-3", "3.0e-3")})
 
 
 def screen() -> Study:
@@ -167,6 +167,12 @@ def command_of(key: Key, config: str, overrides: list[str]) -> list[str]:
     return ["mainrun-train", "--config", config, "--out", folder_of(key), *overrides, *seed]
 
 
+def start(command: list[str], check: bool = False, **how: Any) -> subprocess.CompletedProcess[str]:
+    "Run a console command of this environment to its end; what it prints is kept."
+    program = str(Path(sys.executable).with_name(command[0]))
+    return subprocess.run([program, *command[1:]], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=check, **how)
+
+
 def failure(code: int, log: Path) -> str:
     "Why a run failed; raises `SystemExit` where it was only interrupted, or is still running elsewhere."
     error = ([line for line in log.read_text().splitlines() if line.strip()] or ["no message"])[-1]
@@ -179,12 +185,10 @@ def run(key: Key, config: str, overrides: list[str], threads: int) -> None:
     "Train, or go on training, and enter the result."
     (study, name, seed), command = key, command_of(key, config, overrides)
     resume = ["--resume"] if (ROOT / folder_of(key) / "config.yaml").exists() else []
-    program, env = str(Path(sys.executable).with_name(command[0])), {**os.environ, "OMP_NUM_THREADS": str(threads)}
     log = ROOT / f"{folder_of(key)}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as errors:  # a file, not a pipe: should this process die, the run does not
-        done = subprocess.run([program, *command[1:], *resume], cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True,
-                              check=False, env=env)
+        done = start([*command, *resume], stderr=errors, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
     row = {"study": study, "name": name, "seed": seed, "command": shlex.join(command)}
     if done.returncode:
         error = failure(done.returncode, log)
@@ -196,16 +200,18 @@ def run(key: Key, config: str, overrides: list[str], threads: int) -> None:
     print(f"{study} {name} {seed}: {result['val/loss']:.4f} nats per character in {result['train_seconds'] / 60:.1f} minutes", flush=True)
 
 
-def score_untouched(trained: dict[str, str]) -> None:
-    "Evaluate a finished run on 10,000 titles that the protocol never drew: those that it would draw next."
+def write_untouched(path: Path) -> None:
+    "Write the 10,000 titles that the protocol never drew and would draw next, one a line."
     cfg = load_config(ROOT / SMALL)
     drawn = cfg.hyperparams.num_titles
     cfg.hyperparams.num_titles = drawn + 10_000
-    titles = ROOT / "sweeps" / "runs" / "untouched.txt"
-    atomic_write(titles, "\n".join(load_titles(cfg)[drawn:]) + "\n")
+    atomic_write(path, "\n".join(load_titles(cfg)[drawn:]) + "\n")
+
+
+def score_untouched(trained: dict[str, str], titles: Path) -> None:
+    "Evaluate a finished run on the titles that were never drawn, and enter the result."
     command = ["mainrun-eval", shlex.split(trained["command"])[4], "--titles", str(titles.relative_to(ROOT))]
-    program = str(Path(sys.executable).with_name(command[0]))
-    done = subprocess.run([program, *command[1:]], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    done = start(command, check=True)
     row = {k: round(v, 5) for k, v in json.loads(done.stdout).items() if k in COLUMNS}
     same = {k: trained[k] for k in ("name", "seed", "status", "batch_size", "context_length", "parameters", "steps", "commit", "torch")}
     add_row({**same, **row, "study": "untouched", "n_titles": 10_000, "command": shlex.join(command)})
@@ -228,16 +234,17 @@ def main() -> None:
              if name in (args.only or [name])}
     ledger = read_ledger()
     if args.untouched:
+        write_untouched(titles := ROOT / "sweeps" / "runs" / "untouched.txt")
         for key in asked:
             if key[0] == "full" and ("untouched", *key[1:]) not in ledger and ledger.get(key, {}).get("status") == "finished":
-                score_untouched(ledger[key])
+                score_untouched(ledger[key], titles)
         return
     plan = [(key, *what) for key, what in asked.items() if key not in ledger or (args.again and ledger[key]["status"] == "failed")]
     changed = [key for key, what in asked.items() if key in ledger and ledger[key]["command"] != shlex.join(command_of(key, *what))]
     if changed:
         raise SystemExit(f"{' '.join(changed[0])}: the ledger's row is of another command; give the new run another name")
     if args.dry:
-        print("\n".join(shlex.join(command_of(*run)) for run in plan))
+        print("\n".join(shlex.join(command_of(*what)) for what in plan))
         return
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     pool = ThreadPoolExecutor(args.jobs)

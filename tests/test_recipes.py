@@ -25,6 +25,11 @@ tokenizer: {kind: bpe}
 """
 
 
+def ledger() -> list[dict[str, str]]:
+    with LEDGER.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 @pytest.fixture
 def recipes(tmp_path, monkeypatch):
     """benchmarks/recipes.py, working in a folder of its own on a study of three runs, the second of which cannot be."""
@@ -91,8 +96,7 @@ def test_what_was_failed_and_what_only_interrupted(recipes, tmp_path):
 
 @pytest.mark.parametrize("name", ["final", "control"])
 def test_what_is_said_of_the_recipes_is_in_the_ledger(name):
-    with LEDGER.open(newline="", encoding="utf-8") as file:
-        rows = [r for r in csv.DictReader(file) if (r["study"], r["name"], r["status"]) == ("full", name, "finished")]
+    rows = [r for r in ledger() if (r["study"], r["name"], r["status"]) == ("full", name, "finished")]
     config = shlex.split(rows[0]["command"])[2]
     first = next(r for r in rows if r["seed"] == "1337")
     assert f"{float(first['val/loss']):.4f} nats per character" in (ROOT / config).read_text()
@@ -103,8 +107,7 @@ def test_what_is_said_of_the_recipes_is_in_the_ledger(name):
 
 @pytest.mark.skipif(not LEDGER.exists(), reason="no full runs yet")
 def test_the_ledger_tells_what_was_run():
-    with LEDGER.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = ledger()
     assert len({(r["study"], r["name"], r["seed"]) for r in rows}) == len(rows) > 0
     for row in rows:
         program, *words = shlex.split(row["command"])
