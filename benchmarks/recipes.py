@@ -50,7 +50,7 @@ def attention() -> Study:
     sparse = [f"{layer}=sparse", "attn_configs.sparse.n_head=6", "attn_configs.sparse.local_attn_ctx=16",
               "attn_configs.sparse.sparseblocksize=16", "attn_configs.sparse.vertsize=4", "attn_configs.sparse.num_verts=3"]
     kinds = {
-        "causal": [], "bottleneck": ["attn_configs.causal.intermediate_dim=96"],
+        "causal": [], "bottleneck": ["attn_configs.causal.intermediate_dim=96", "model_configs.gpt.mlp_ratio=5"],  # as many parameters
         "fixed": [*sparse, "attn_configs.sparse.attn_type=fixed"], "strided": [*sparse, "attn_configs.sparse.attn_type=strided"],
         "local": [*sparse, "attn_configs.sparse.attn_type=local"],
         "sparsek": [f"{layer}=sparsek", "attn_configs.sparsek.n_head=6", "attn_configs.sparsek.k=8", "attn_configs.sparsek.window=16"],
@@ -116,7 +116,14 @@ def full() -> Study:
             "without-adamw-lr": (final, ["hyperparams.adamw_lr=2.0e-3"])}
 
 
-STUDIES = {"full": full, "attention": attention, "control": control, "screen": screen, "screen2": screen2, "assessed": assessed}
+def scaled() -> Study:
+    "The two recipes of the full track at 10 million parameters, for as many passes as two CPU cores allow: one."
+    width = ["model_configs.gpt.d_model=208", "model_configs.gpt.hidden_layer=208"]
+    return {name: (f"sweeps/sota/{name}.yaml", ["hyperparams.epochs=1", *width]) for name in ("full", "public_best")}
+
+
+STUDIES = {"full": full, "scaled": scaled, "attention": attention, "control": control, "screen": screen, "screen2": screen2,
+           "assessed": assessed}
 Key = tuple[str, str, str]  # study, name, seed
 
 

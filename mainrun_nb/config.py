@@ -10,6 +10,7 @@ __all__ = ['ALIASES', 'InputError', 'RunError', 'did_you_mean', 'positive', 'at_
 
 # %% ../nbs/00_config.ipynb #eaba2fcd
 import difflib
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass
@@ -18,7 +19,7 @@ from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 # %% ../nbs/00_config.ipynb #80984003
 class InputError(ValueError):
@@ -110,9 +111,9 @@ class Hyperparams:
     momentum: float = between(0, 1, 0.0)  # of sgd and rmsprop
     muon_momentum: float = between(0, 1, 0.95)
     adamw_lr: float = positive(3e-4)  # with muon: the learning rate of everything that is not a hidden matrix
-    adamw_weight_decay: float = at_least(0, 0.01)  # with muon: likewise
+    adamw_weight_decay: float = at_least(0, 0.01)  # with muon: weight decay of the tables and an untied head
     grad_clip: float = at_least(0, 1.0)  # largest gradient norm; 0 is off
-    grad_accum: int = positive(1)  # micro-batches that a step's batch is cut into: less memory, same numbers
+    grad_accum: int = positive(1)  # micro-batches that a step's batch is cut into: less memory, the same gradient but for dropout's draws
     r_drop: float = at_least(0, 0.0)  # weight of R-Drop's symmetric KL; 0 is off
     ema: float = between(0, 1, 0.0)  # decay of the averaged weights; 0 is off
     title_mask: bool = False  # a title attends only to itself
@@ -145,7 +146,7 @@ class GPTConfig:
     mlp_ratio: float = positive(4.0)  # width of the MLP over the width of the block (swiglu: times 2/3)
     bias: bool = True  # biases in the linear layers and norms
     tied: bool = True  # the head shares the embedding's weights
-    residual_scaling: bool = False  # initialise residual outputs with 0.02 / sqrt(2 n_layer)
+    residual_scaling: bool = False  # initialise residual outputs smaller, by 1 / sqrt(2 n_layer)
     output_gate: bool = False  # a sigmoid gate per attention head
     layer_scale: float = at_least(0, 0.0)  # initial LayerScale of the residual branches; 0 is off
 
@@ -296,13 +297,13 @@ def _merge(conf: DictConfig, node: dict, where: str, path: str = "") -> None:
         if isinstance(value, dict):
             _merge(conf[name], value, where, f"{key}.")
             continue
-        if isinstance(value, bool) and not isinstance(conf[name], bool):
-            raise InputError(f"{where}: '{key}' must be a {type(conf[name]).__name__}, found {value}")
-        node_type = conf._get_node(name)._metadata.ref_type  # type: ignore[union-attr]
+        wanted = conf._get_node(name)._metadata.ref_type  # type: ignore[union-attr]
         try:
+            if isinstance(value, bool) and wanted is not bool:
+                raise ValidationError
             OmegaConf.update(conf, name, value, merge=False)
         except OmegaConfBaseException:
-            expected = getattr(node_type, "__name__", None) or str(node_type).replace("typing.", "")
+            expected = getattr(wanted, "__name__", None) or str(wanted).replace("typing.", "")
             raise InputError(f"{where}: '{key}' must be of type {expected}, found {value!r}") from None
 
 # %% ../nbs/00_config.ipynb #b1b6865c
@@ -339,8 +340,8 @@ def check_values(section: Any, path: str = "") -> None:
         value, key = getattr(section, f.name), f"{path}{f.name}"
         if is_dataclass(value):
             check_values(value, f"{key}.")
-        elif isinstance(value, float) and value != value:
-            raise InputError(f"{key}: must be a number, found nan")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{key}: must be a finite number, found {value}")
         elif "check" in f.metadata and not f.metadata["check"](value):
             hint = did_you_mean(value, f.metadata["words"][7:].split(", ")) if isinstance(value, str) else ""
             raise InputError(f"{key}: must be {f.metadata['words']}, found {value!r}.{hint if 'mean' in hint else ''}".rstrip("."))

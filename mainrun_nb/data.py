@@ -73,7 +73,7 @@ def _read_csv(raw: bytes, where: str, column: str) -> Iterable[str]:
         _need_column(column, header, where)
         at = header.index(column)
         for row in filter(None, rows):
-            if len(row) <= at:
+            if len(row) != len(header):  # too many: a title with a comma and no quotes
                 raise InputError(f"{where}, line {rows.line_num}: {len(row)} columns where the header has {len(header)}")
             yield row[at]
     except csv.Error as e:

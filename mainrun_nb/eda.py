@@ -163,12 +163,15 @@ def plot_zipf(ax: Any, counts: Mapping[str, Iterable[int]]) -> None:
     "Count against rank for each kind of unit (words, tokens), with the fitted law."
     for (name, values), colour in zip(counts.items(), (BLUE, ORANGE, GREEN), strict=False):
         falling = np.array(sorted((v for v in values if v > 0), reverse=True), dtype=float)
+        if not len(falling):
+            continue
         ranks = np.unique(np.geomspace(1, len(falling), 300).round())  # evenly spread over the axis, and a small file
         ax.plot(ranks, falling[ranks.astype(int) - 1], ".", color=colour, ms=4, label=name)
         if fit := zipf_fit(values := falling.tolist()):
             ax.plot(ranks, fit(ranks), color="k", lw=1, label=f"fit: exponent {fit.exponent:.2f}, shift {fit.shift:.1f}")
     ax.set(xscale="log", yscale="log", xlabel="rank", ylabel="count")
-    ax.legend(frameon=False)
+    if ax.lines:
+        ax.legend(frameon=False)
 
 # %% ../nbs/03_eda.ipynb #0218d2f4
 @lru_cache(maxsize=100_000)

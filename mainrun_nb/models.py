@@ -60,7 +60,7 @@ def build_model(
 # %% ../nbs/10_models.ipynb #250e8306
 def count_parameters(
     model: nn.Module,
-    embeddings: bool = True,  # count the token and position tables too
+    embeddings: bool = True,  # count the tables of tokens and positions too, and an untied head
 ) -> int:
     "Parameters of a model, shared ones once."
     tables = ("embed.tokens", "embed.positions", "head.")

@@ -388,7 +388,7 @@ def attend_blocks(
     titles: Tensor | None = None,  # (B, T) title numbers; None: no title mask
     dropout: float = 0.0,  # of attention probabilities, exactly as in dense attention
 ) -> Tensor:  # (B, H, T, D)
-    "Sparse attention by blocks, exact, for any T; no T x T table is built."
+    "Sparse attention by blocks, exact, for any T; no T x T table is built, unless `all` asks for every pair."
     T = q.shape[2]
     pad = -T % {"all": 1, "local": cfg.sparseblocksize}.get(cfg.attn_type, cfg.local_attn_ctx)
     q, k, v = (F.pad(x, (0, 0, 0, pad)) if pad else x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))

@@ -520,8 +520,8 @@ def sparsek_fast(
     with torch.autocast(q.device.type, enabled=False):
         with torch.no_grad():
             plan = _plan(u, titles, grid)
-        crowded = plan.choice.crowded
-        sure = torch.where(crowded.any(), (plan.choice.exact & crowded).sum() / crowded.sum().clamp(min=1), 1.0)
+        exact, crowded = (x.view(B, H, -1)[..., :T] for x in (plan.choice.exact, plan.choice.crowded))  # without the padding
+        sure = torch.where(crowded.any(), (exact & crowded).sum() / crowded.sum().clamp(min=1), 1.0)
         return _Streamed.apply(q, k, v, u, plan, grid, drop), sure
 
 # %% ../nbs/07_sparsek.ipynb #85f0d404
