@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from mainrun_nb import cli
+from mainrun_nb.config import load_config
+from mainrun_nb.synthetic import sample_titles
+from mainrun_nb.trainer import make_plan, prepare_data
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = str(ROOT / "sweeps/base/quickstart.yaml")
@@ -19,7 +22,6 @@ TINY = ["hyperparams.num_titles=1500", "hyperparams.max_steps=12", "hyperparams.
 def elsewhere(tmp_path, monkeypatch):
     """Every test runs in an empty folder of its own."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("warnings.showwarning", lambda *args, **kwargs: None)
 
 
 def refuse(capsys, *overrides, config=QUICK, out="run"):
@@ -110,6 +112,25 @@ def test_train_evaluate_write(tmp_path, capsys):
     assert "already holds a run" in refuse(capsys, *TINY)
     cli.train_cli(*TINY, config=QUICK, out="run", resume=True)
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+
+
+def test_a_run_is_not_scored_on_titles_that_it_was_trained_on(capsys):
+    """The same file with its lines in another order would put most of the training titles into the validation half."""
+    titles = sample_titles(1500, seed=1)
+    Path("mine.txt").write_text("\n".join(titles))
+    cli.train_cli(*TINY, "data.source=mine.txt", config=QUICK, out="run")
+    cli.eval_cli("run")
+    Path("mine.txt").write_text("\n".join(sorted(titles)))
+    with pytest.raises(SystemExit) as stop:
+        cli.eval_cli("run")
+    assert stop.value.code == 2 and "no longer holds the titles of this run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("sweeps/base/*.yaml"), *ROOT.glob("sweeps/sota/*.yaml")]), ids=lambda p: p.stem)
+def test_the_smoke_test_has_enough_titles_for_every_configuration(path):
+    """What `--test` sets must leave a batch to train on."""
+    cfg = load_config(path, ["data.source=synthetic", *cli.TEST_BUDGET])
+    assert make_plan(cfg.hyperparams, len(prepare_data(cfg).train_ids)).max_steps == 3
 
 
 @pytest.mark.parametrize(("call", "says"), [

@@ -19,6 +19,7 @@ DOCKER = """#!/usr/bin/env bash
 echo "$@" >>"$STUBS/docker.log"
 case "$1" in
   image) grep -qx "$3" "$STUBS/images" 2>/dev/null ;;
+  ps) cat "$STUBS/left" 2>/dev/null ;;
   build) [ ! -f "$STUBS/no-build" ] && echo "$5" >>"$STUBS/images" ;;
 esac
 """
@@ -91,6 +92,17 @@ def test_the_container_sees_the_gpus_the_code_read_only_and_no_key_on_its_comman
     assert line.startswith("run --rm --init") and "--gpus all" in line and f"--volume {place.code}:/app:ro" in line
     assert f"--env-file {place.home}/.env" in line and "secret-key" not in " ".join(place.log())
     assert f"--user {os.getuid()}:{os.getgid()}" in line and line.endswith("mainrun-train --out a b")
+
+
+def test_a_job_first_stops_what_a_killed_one_left_on_the_gpu(place):
+    place.files(*IMAGE_INPUTS)
+    (place.stubs / "left").write_text("0123abcd\n")
+    assert place.run("in-image.sh", "papermill", MAINRUN_JOB="train-2-1").returncode == 0
+    asked, stop, *_, run = place.log()
+    assert (asked, stop) == ("ps --quiet --filter label=mainrun-job", "stop -t 600 0123abcd")
+    assert run.startswith("run ") and "--label mainrun-job --name train-2-1" in run
+    assert place.run("in-image.sh", "mainrun-gpu").returncode == 0
+    assert sum(line.startswith("stop") for line in place.log()) == 1 and "--label" not in place.log()[-1]
 
 
 def test_without_a_home_nothing_starts(place):
@@ -300,6 +312,17 @@ def test_update_brings_the_commit_and_holds_no_token_and_no_remote(runner):
     assert remotes == ""
     found = subprocess.run(["grep", "-r", "ghs_secret", runner.home], capture_output=True, text=True)
     assert found.returncode == 1, found.stdout
+
+
+def test_in_the_container_a_worktree_still_knows_its_commit(runner, tmp_path):
+    sha = git(runner, "rev-parse", "HEAD")
+    update(runner, sha)
+    where = (runner.home / "current").resolve()
+    command = ["bash", str(SCRIPTS / "in-image.sh"), "mainrun-train"]
+    assert subprocess.run(command, cwd=where, env=runner.env, capture_output=True).returncode == 0
+    assert f"--volume {runner.home}/repo.git:{runner.home}/repo.git:ro" in runner.log()[-1]
+    app = shutil.copytree(where, tmp_path / "app")  # as it is seen there: the same files under another name, and that volume
+    assert subprocess.run(["git", "-C", app, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip() == sha
 
 
 def test_a_running_job_keeps_its_code_while_the_runner_moves_on(runner):

@@ -26,6 +26,7 @@ mkdir -p "$folder" artifacts
 } >"$folder/parameters.yaml"
 
 # One job at a time has the GPU; the others wait here, and none is cancelled.
+export MAINRUN_JOB=$RUN
 exec 9>"$MAINRUN_HOME/gpu.lock"
 flock 9
 
