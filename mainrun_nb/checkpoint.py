@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['atomic_write', 'run_lock', 'Checkpoint', 'rng_state', 'set_rng_state', 'sweep_scratch', 'remove_checkpoint',
-           'list_checkpoints', 'prune', 'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'load_run']
+           'list_checkpoints', 'prune', 'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'remove_later',
+           'load_run']
 
 # %% ../nbs/15_checkpoint.ipynb #9dd59f4b
 import fcntl
@@ -138,10 +139,15 @@ def _val_loss(path: Path) -> float:
         return math.inf
 
 
+def _best_first(paths: list[Path]) -> list[Path]:
+    "Sorted by validation loss; of equal ones, and of those without one, the newest first."
+    return sorted(paths[::-1], key=_val_loss)
+
+
 def prune(run_dir: str | Path, keep: int) -> None:
     "Remove all checkpoints but the newest `keep` and the best."
     paths = list_checkpoints(run_dir)
-    kept = {*paths[-keep:], *([min(paths, key=_val_loss)] if paths else [])}
+    kept = {*paths[-keep:], *_best_first(paths)[:1]}
     for path in paths:
         if path not in kept:
             remove_checkpoint(path)
@@ -163,7 +169,7 @@ def save_checkpoint(
     step: int,
     weights: dict[str, Tensor],  # of the model
     state: dict[str, Any],  # loadable with weights_only=True: tensors, numbers, strings, lists, dicts
-    metrics: dict[str, Any],  # val/loss decides which checkpoint is the best
+    metrics: dict[str, Any],  # measured at this step; val/loss decides which checkpoint is the best
     keep: int = 2,  # newest ones to keep, besides the best
 ) -> Path:
     "Write `checkpoints/step-N` whole or not at all. Raises `RunError` naming the path; earlier checkpoints survive."
@@ -207,7 +213,7 @@ def load_checkpoint(
     if which not in ("last", "best"):
         raise InputError(f"which: '{which}' is not one of last, best")
     paths = list_checkpoints(run_dir)
-    order = paths[::-1] if which == "last" else sorted(paths, key=_val_loss)
+    order = paths[::-1] if which == "last" else _best_first(paths)
     for path in order:
         try:
             return read_checkpoint(path)
@@ -216,6 +222,13 @@ def load_checkpoint(
     if paths:
         raise InputError(f"{Path(run_dir) / 'checkpoints'}: all {len(paths)} checkpoints are damaged")
     return None
+
+# %% ../nbs/15_checkpoint.ipynb #ac20d0e6
+def remove_later(found: Checkpoint) -> None:
+    "Remove the checkpoints after `found`, from which a run goes on. Only for the process that holds the run folder's lock."
+    for path in list_checkpoints(found.path.parent.parent):
+        if path > found.path:
+            remove_checkpoint(path)
 
 # %% ../nbs/15_checkpoint.ipynb #1acb24fb
 def load_run(

@@ -122,6 +122,7 @@ def evaluate(
     context_length: int,
     batch_size: int,
     challenge: bool = True,  # also the challenge's loss
+    rows: int = 0,  # that go through the model at once, a matter of memory only; 0: batch_size
 ) -> EvalResult:
     """Every metric of a model on a validation stream, in float32.
 
@@ -130,12 +131,13 @@ def evaluate(
     """
     if not len(ids):
         raise InputError("evaluate: the validation stream is empty")
-    picked = challenge_windows(ids, context_length, batch_size) if challenge else None
-    nats, chars = total_nats(model, windows(ids, context_length, batch_size)), joined_chars(titles)
+    rows, whole = rows or batch_size, challenge_windows(ids, context_length, batch_size) if challenge else ()
+    picked = (part for x, y in whole for part in zip(x.split(rows), y.split(rows), strict=True))
+    nats, chars = total_nats(model, windows(ids, context_length, rows)), joined_chars(titles)
     n_bytes = chars + sum(len(t.encode()) - len(t) for t in titles)
     return EvalResult(
         nats / chars, nats / len(ids), nats / math.log(2) / n_bytes, coverage(len(ids), batch_size, context_length),
-        total_nats(model, picked) / chars if picked else None, nats, len(ids), chars, n_bytes)
+        total_nats(model, picked) / chars if challenge else None, nats, len(ids), chars, n_bytes)
 
 # %% ../nbs/13_evaluate.ipynb #8f5cfaaa
 LEAK_NATS = 20.0  # honest models fall this far below the floor once in exp(20) times
@@ -170,7 +172,7 @@ def validation_metrics(
 ) -> dict[str, float]:
     "Evaluate and name the results. Raises `RunError` for a leak on the synthetic source, `InputError` as `evaluate`."
     hp = cfg.hyperparams
-    result = evaluate(model, ids, titles, hp.context_length, hp.batch_size, challenge)
+    result = evaluate(model, ids, titles, hp.context_length, hp.batch_size, challenge, rows=hp.batch_size // hp.grad_accum)
     metrics = {"val/loss": result.nats_per_char, "val/nats_per_token": result.nats_per_token, "val/bits_per_byte": result.bits_per_byte}
     if result.challenge_loss is not None:
         metrics |= {"val/challenge_loss": result.challenge_loss, "val/coverage": result.coverage}
@@ -183,7 +185,7 @@ def look_statistics(
     p: Tensor,  # (B, H, T, T) attention probabilities
     titles: Tensor,  # (B, T) title numbers
     eos: Tensor,  # (B, T) True where the token is <eos>
-    near: int = 4,  # tokens that count as near
+    near: int = 4,  # the largest distance that counts as near, in tokens
 ) -> Tensor:  # (H, 4) distance, near, outside, eos: summed over the B * T queries
     "Where the heads look, summed over all queries of a batch."
     place = torch.arange(p.shape[-1], device=p.device)
@@ -247,7 +249,7 @@ def attention_distance(
     model: Any,  # a GPT with causal attention
     ids: Tensor,  # (tokens,) a validation stream
     batch_size: int = 32,  # windows per batch; memory grows with it
-    near: int = 4,  # tokens that count as near
+    near: int = 4,  # the largest distance that counts as near, in tokens
 ) -> list[dict[str, float]]:  # layer and head (0, 0 is even attention; else from 1), and their means over all queries
     "Attention distance in tokens and the shares near, outside the title and on `<eos>`, per head. `InputError` for sparse attention."
     looks = _Looks({}, ids, ids, near)

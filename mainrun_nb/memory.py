@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STATE_BYTES', 'CUDA_ALLOWANCE', 'HOPELESS', 'block_activations', 'explain', 'LayerMemory', 'simulate_step',
            'measured_peak', 'MemoryEstimate', 'estimate_memory', 'tensor_bytes', 'inference_memory', 'memory_budget',
-           'find_batch_size', 'what_would_fit', 'MemoryBudgetError', 'check_budget']
+           'fits', 'find_batch_size', 'what_would_fit', 'MemoryBudgetError', 'check_budget']
 
 # %% ../nbs/12_memory.ipynb #63a8859a
 import gc
@@ -35,6 +35,13 @@ def block_activations(
 STATE_BYTES = {"sgd": 0, "adagrad": 4, "rmsprop": 4, "adam": 8, "adamw": 8, "muon": 8, "adafactor": 0}  # per parameter, at most
 
 
+def _shape(cfg: Config) -> tuple[int, list[int], int]:
+    "Tokens in a micro-batch (R-Drop's second pass too), widths of the blocks, heads."
+    hp, gpt = cfg.hyperparams, getattr(cfg.model_configs, cfg.hyperparams.model_architecture)
+    rows = hp.batch_size * hp.context_length // hp.grad_accum * (2 if hp.r_drop else 1)
+    return rows, getattr(gpt, "hidden_layer_list", [gpt.hidden_layer] * gpt.n_layer), getattr(cfg.attn_configs, gpt.attention_layer).n_head
+
+
 def explain(
     cfg: Config,
     vocab_size: int | None = None,  # of the tokenizer; none: hyperparams.vocab_size
@@ -43,10 +50,7 @@ def explain(
     hp, vocab_size = cfg.hyperparams, vocab_size or cfg.hyperparams.vocab_size
     with FakeTensorMode():
         n = sum(p.numel() for p in build_model(cfg, vocab_size).parameters())
-    gpt = getattr(cfg.model_configs, hp.model_architecture)
-    rows = hp.batch_size * hp.context_length // hp.grad_accum * (2 if hp.r_drop else 1)
-    widths = getattr(gpt, "hidden_layer_list", [gpt.hidden_layer] * gpt.n_layer)
-    heads = getattr(cfg.attn_configs, gpt.attention_layer).n_head
+    rows, widths, heads = _shape(cfg)
     state = 4 * n if hp.optimizer.lower() == "sgd" and hp.momentum else STATE_BYTES.get(hp.optimizer.lower(), 8) * n
     logits = 2 * 4 * vocab_size * min(rows, hp.loss_chunk or rows)
     return {"parameters": 4 * n, "gradients": 4 * n, "optimizer": state,
@@ -80,7 +84,8 @@ def _layers(model: nn.Module, tracker: Any, device: torch.device) -> list[LayerM
     rows, seen = [], set()
     for name, module in model.named_modules():
         stats = tracker.memory_tracking.get(module)
-        if not name or name.count(".") > name.startswith("blocks.") or stats is None or not list(module.parameters()):
+        depth = 1 if name.startswith("blocks.") else 0
+        if not name or name.count(".") > depth or stats is None or not list(module.parameters()):
             continue
         fresh = {p for p in (*module.parameters(), *module.buffers()) if p not in seen}
         seen |= fresh
@@ -98,6 +103,8 @@ def simulate_step(
     from torch.distributed._tools.mem_tracker import MemTracker
 
     hp, tracker, place = cfg.hyperparams, MemTracker(), torch.device(device)
+    few = replace(hp, grad_accum=min(hp.grad_accum, 2))
+    rows = hp.batch_size // hp.grad_accum * few.grad_accum
     with FakeTensorMode(), place:
         model = build_model(cfg, vocab_size).train()
         optimizer, ema = build_optimizer(model, hp), EMA(model, hp.ema) if hp.ema else None
@@ -105,7 +112,7 @@ def simulate_step(
         tracker.track_external(model, optimizer, x, y, *(ema.average.values() if ema else ()))
         with tracker:
             for _ in range(2):
-                train_step(_Fresh(model, tracker), optimizer, x, y, hp, None, ema)  # type: ignore[arg-type]
+                train_step(_Fresh(model, tracker), optimizer, x[:rows], y[:rows], few, None, ema)  # type: ignore[arg-type]
         peak = tracker.get_tracker_snapshot("peak")[place]
         return _parts(peak), _layers(model, tracker, place)
 
@@ -215,36 +222,51 @@ def memory_budget(cfg: Config, device: str = "cpu") -> int:  # bytes
         return torch.cuda.get_device_properties(0).total_memory
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
-# %% ../nbs/12_memory.ipynb #0722c8a1
+# %% ../nbs/12_memory.ipynb #7e56a2cc
 HOPELESS = 100  # formulas this many times over the budget need no simulation to be refused
 
 
+def fits(
+    cfg: Config,
+    budget: int,  # bytes
+    device: str = "cpu",
+    vocab_size: int | None = None,  # of the tokenizer; none: hyperparams.vocab_size
+    **settings: int,  # hyperparams to be tried instead of those in cfg
+) -> bool:
+    "Whether the predicted peak of a training step is within the budget."
+    cfg = replace(cfg, hyperparams=replace(cfg.hyperparams, **settings))
+    hopeless = sum(explain(cfg, vocab_size).values()) > HOPELESS * budget
+    return not hopeless and estimate_memory(cfg, device, vocab_size).peak_bytes <= budget
+
+# %% ../nbs/12_memory.ipynb #0722c8a1
 def find_batch_size(
     cfg: Config,
     budget: int,  # bytes
     device: str = "cpu",
     vocab_size: int | None = None,  # of the tokenizer; none: hyperparams.vocab_size
-) -> int:  # 0: not even one row fits
-    "The largest batch size, up to the configured one, whose predicted peak is within the budget; without micro-batches."
-    def fits(rows: int) -> bool:
-        one = replace(cfg, hyperparams=replace(cfg.hyperparams, batch_size=rows, grad_accum=1))
-        hopeless = sum(explain(one, vocab_size).values()) > HOPELESS * budget
-        return not hopeless and estimate_memory(one, device, vocab_size).peak_bytes <= budget
+) -> int:  # 0: none of them fits
+    "The largest of the configured batch size, its half, its quarter ... that is predicted to fit."
+    n = cfg.hyperparams.grad_accum
+    rows = cfg.hyperparams.batch_size // n  # of a micro-batch
+    sizes = [(rows >> k) * n for k in range(rows.bit_length())]
+    return next((size for size in sizes if fits(cfg, budget, device, vocab_size, batch_size=size)), 0)
 
-    low, high = 0, cfg.hyperparams.batch_size
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
-
-
-def what_would_fit(cfg: Config, budget: int, device: str = "cpu", vocab_size: int | None = None) -> str:
-    "Advice in words: the batch size that fits, and the micro-batches that keep the present one."
-    rows, batch = find_batch_size(cfg, budget, device, vocab_size), cfg.hyperparams.batch_size
-    if not rows:
-        return "not even one row would fit; a smaller model or context is needed"
-    micro = next(n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= rows)
-    return f"hyperparams.batch_size={rows} would fit, or hyperparams.grad_accum={micro} with the same batch"
+# %% ../nbs/12_memory.ipynb #e512d67e
+def what_would_fit(
+    cfg: Config,  # of a step that does not
+    budget: int,  # bytes
+    device: str = "cpu",
+    vocab_size: int | None = None,  # of the tokenizer; none: hyperparams.vocab_size
+    processes: int = 1,  # that take a batch as large as cfg's each
+) -> str:
+    "Advice in words: a batch size that fits, and the fewest micro-batches in which the present one does."
+    batch, size = cfg.hyperparams.batch_size, find_batch_size(cfg, budget, device, vocab_size)
+    cuts = [n for n in range(cfg.hyperparams.grad_accum + 1, batch + 1) if batch % n == 0]
+    cut = next((n for n in cuts if fits(cfg, budget, device, vocab_size, grad_accum=n)), 0)
+    advice = [f"hyperparams.batch_size={size * processes}"] * bool(size) + [f"hyperparams.grad_accum={cut} with the same batch"] * bool(cut)
+    if not advice:
+        return "not even one row at a time would fit; a smaller model or context is needed"
+    return f"{advice[0]} would fit" + "".join(f", or {more}" for more in advice[1:])
 
 # %% ../nbs/12_memory.ipynb #903dcd12
 class MemoryBudgetError(InputError):
@@ -255,14 +277,18 @@ def check_budget(
     cfg: Config,
     vocab_size: int,
     device: str = "cpu",
-) -> dict[str, Any]:  # for the log: method, predicted and allowed bytes
+    processes: int = 1,  # that share out the batch
+) -> dict[str, Any]:  # for the log: method, predicted and allowed bytes, of each process
     "Refuse a run that cannot fit. Raises `MemoryBudgetError` with the numbers and with what would fit."
-    budget, rough = memory_budget(cfg, device), explain(cfg, vocab_size)
-    if 4 * sum(rough.values()) < budget:
-        return {"method": "formula", "predicted_bytes": sum(rough.values()), "budget_bytes": budget, **rough}
-    estimate = None if sum(rough.values()) > HOPELESS * budget else estimate_memory(cfg, device, vocab_size)
-    needed = estimate.peak_bytes if estimate else sum(rough.values())
+    budget = memory_budget(cfg, device) // (processes if device == "cpu" else 1)
+    cfg = replace(cfg, hyperparams=replace(cfg.hyperparams, batch_size=cfg.hyperparams.batch_size // processes))
+    rough, (rows, widths, heads) = explain(cfg, vocab_size), _shape(cfg)
+    formula, tables = sum(rough.values()), 9 * rows * len(widths) * heads * cfg.hyperparams.context_length
+    if 4 * (formula + tables) < budget:
+        return {"method": "formula", "predicted_bytes": formula + tables, "budget_bytes": budget, **rough, "tables": tables}
+    estimate = None if formula > HOPELESS * budget else estimate_memory(cfg, device, vocab_size)
+    needed = estimate.peak_bytes if estimate else formula
     if estimate is None or needed > budget:
         raise MemoryBudgetError(f"memory: a step needs {needed / 1e9:.2f} GB, the budget is {budget / 1e9:.2f} GB; "
-                         + what_would_fit(cfg, budget, device, vocab_size))
+                                + what_would_fit(cfg, budget, device, vocab_size, processes))
     return {"method": "simulated", "predicted_bytes": estimate.peak_bytes, "budget_bytes": budget, **estimate.parts}

@@ -31,6 +31,8 @@ def as_json(value: Any) -> Any:
     "The same value with `None` for each float that is not finite, at any depth."
     if isinstance(value, dict):
         return {k: as_json(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -157,6 +157,23 @@ def test_a_folder_that_is_a_file_is_named(tmp_path):
         pass
 
 
+def test_a_checkpoint_that_was_not_evaluated_is_never_the_best_of_some_that_were(tmp_path):
+    for step, metrics in enumerate([{"val/loss": 3.0}, {}, {"val/loss": 2.0}, {}, {}, {}], 1):
+        save_checkpoint(tmp_path, step, {"w": torch.full((8,), float(step))}, {"ptr": step}, metrics)
+    assert intact(tmp_path) == [3, 5, 6] and load_checkpoint(tmp_path, "best").step == 3
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000003")
+    assert load_checkpoint(tmp_path, "best").step == 6
+
+
+def test_after_a_fallback_the_damaged_one_does_not_push_out_what_is_saved_next(tmp_path):
+    save(tmp_path, 10, 1.0, keep=1)
+    (save(tmp_path, 20, 1.2, keep=1) / "state.pt").write_bytes(b"")
+    with pytest.warns(UserWarning, match="damaged"):
+        found = load_checkpoint(tmp_path)
+    checkpoint.remove_later(found)
+    assert save(tmp_path, 15, 1.1, keep=1).exists() and intact(tmp_path) == [10, 15]
+
+
 def test_the_best_is_kept_and_a_loss_that_is_no_number_is_never_it(tmp_path):
     for step, loss in enumerate([3.0, 1.0, float("nan"), 2.0, 2.5, 1.5], 1):
         save(tmp_path, step, loss)

@@ -129,6 +129,21 @@ def test_zero_windows_is_an_error_that_says_what_fits(n, b, t):
     assert evaluate(Equal(), stream(n), TITLES, t, b, challenge=False).challenge_loss is None
 
 
+def test_no_more_rows_at_once_than_in_a_micro_batch():
+    seen = []
+
+    class Watched(Scale):
+        def forward(self, x):
+            seen.append(len(x))
+            return super().forward(x)
+
+    setting = ["hyperparams.context_length=16", "hyperparams.batch_size=8"]
+    configs = [load_config(overrides=[*setting, f"hyperparams.grad_accum={n}"]) for n in (1, 4)]
+    whole, parts = (validation_metrics(Watched(), stream(1000), TITLES, cfg) for cfg in configs)
+    assert max(seen[: seen.index(2)]) == 8 and set(seen[seen.index(2) :]) == {1, 2}  # the tail of a stream is one row
+    assert parts == pytest.approx(whole, rel=1e-6) and parts["val/coverage"] == whole["val/coverage"]
+
+
 def test_an_empty_stream_is_refused():
     with pytest.raises(InputError, match="empty"):
         evaluate(Equal(), stream(0), [], 16, 4, challenge=False)

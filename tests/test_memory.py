@@ -46,16 +46,42 @@ def test_units():
     assert float(line.split()[1]) == pytest.approx(estimate_memory(cfg, vocab_size=3000).peak_bytes / 1e6, abs=0.01)
 
 
-def test_refusal_says_what_fits_and_it_does():
-    cfg = load_config(overrides=[*bench.SHAPE, "hyperparams.optimizer=adamw", "hyperparams.context_length=64"])
-    peak = estimate_memory(cfg, vocab_size=3000).peak_bytes
-    tight = replace(cfg, hyperparams=replace(cfg.hyperparams, memory_budget_gb=peak * 0.7 / 1e9))
+def with_budget(cfg, budget):
+    """The same run in `budget` bytes."""
+    return replace(cfg, hyperparams=replace(cfg.hyperparams, memory_budget_gb=budget / 1e9))
+
+
+@pytest.mark.parametrize(("share", "grad_accum"), [(0.85, 1), (0.5, 2)])
+def test_refusal_says_what_fits_and_it_does(share, grad_accum):
+    hp = ["hyperparams.optimizer=adamw", "hyperparams.context_length=64", f"hyperparams.grad_accum={grad_accum}"]
+    cfg = load_config(overrides=[*bench.SHAPE, *hp])
+    tight = with_budget(cfg, estimate_memory(cfg, vocab_size=3000).peak_bytes * share)
     says = r"needs .* GB, the budget is .* GB; hyperparams.batch_size=\d+ would fit, or hyperparams.grad_accum=\d+"
     with pytest.raises(InputError, match=says) as e:
         check_budget(tight, 3000)
     for advice in ("batch_size", "grad_accum"):
         n = int(str(e.value).split(f"{advice}=")[1].split()[0])
         assert check_budget(replace(tight, hyperparams=replace(tight.hyperparams, **{advice: n})), 3000)["method"] == "simulated"
+
+
+@pytest.mark.parametrize("extra", [
+    ["model_configs.gpt.dropout=0.1"], ["model_configs.gpt.dropout=0.1", "hyperparams.r_drop=2", "hyperparams.grad_accum=2"],
+    ["hyperparams.title_mask=true"], ["hyperparams.amp_bool=true", "hyperparams.context_length=512"]])
+def test_no_run_that_barely_fits_is_waved_through(extra):
+    """Where an attention table is kept, it dwarfs what the formulas know of; the short cut must see that it might be."""
+    long = ["hyperparams.batch_size=2", "hyperparams.context_length=2048", "model_configs.gpt.n_layer=1", "model_configs.gpt.dropout=0"]
+    cfg = load_config(overrides=[*bench.SHAPE, *long, *extra])
+    peak = estimate_memory(cfg, vocab_size=500).peak_bytes
+    assert check_budget(with_budget(cfg, peak), 500)["method"] == "simulated"
+
+
+def test_each_process_is_given_its_share():
+    """Of the rows, and on a CPU of the memory; the advice speaks of the whole batch again."""
+    cfg = load_config(overrides=[*bench.SHAPE, "hyperparams.optimizer=adamw", "hyperparams.context_length=64"])
+    half = estimate_memory(replace(cfg, hyperparams=replace(cfg.hyperparams, batch_size=4)), vocab_size=3000).peak_bytes
+    assert check_budget(with_budget(cfg, 2 * half), 3000, processes=2)["predicted_bytes"] == half
+    with pytest.raises(InputError, match=r"hyperparams.batch_size=4 would fit"):
+        check_budget(with_budget(cfg, 2 * half - 2), 3000, processes=2)
 
 
 @pytest.mark.parametrize("attention", ["causal", "sparse", "sparsek"])
