@@ -1,4 +1,5 @@
 """Sweeps: the same points whoever runs them, every end on record, and nothing lost to a kill, a crash or a lost node."""
+import fcntl
 import json
 import os
 import signal
@@ -6,6 +7,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,10 +68,11 @@ class Pretend:
                 log.flush()
                 time.sleep(self.pause)
                 if (folder / "stop").exists():
-                    return {"status": "stopped", "error": "", "seconds": 1.0}
+                    return {"status": "failed", "error": "stopped by hand", "seconds": 1.0}
         if lr == 1.0:
             return {"status": "failed", "error": "the loss was not finite", "seconds": 1.0}
-        result = {"val/loss": abs(lr - 0.03) + 1 / self.rows, "val/challenge_loss": None, "val/coverage": 0.9, "data": {}}
+        result = {"val/loss": abs(lr - 0.03) + 1 / self.rows, "val/coverage": 0.9, "data": {}}
+        result["val/challenge_loss"] = None if cfg.hyperparams.batch_size > 16 else 1.5
         (folder / "run" / "result.json").write_text(json.dumps(result))
         return {"status": "complete", "error": "", "seconds": 1.0}
 
@@ -159,7 +162,24 @@ def test_whole_steps_stay_whole(tmp_path):
     ("parameters: {hyperparams.lr: 0.1}", "expected value, values or min and max"),
     ("parameters: {hyperparams.lr: {values: []}}", "at least one value"),
     ("parameters: {hyperparams.lr: {values: [1, 2], probabilities: [0.5, 0.6]}}", "add up to 1"),
+    ("parameters: {hyperparams.lr: {values: [1, 2], probabilities: [a, b]}}", "add up to 1"),
+    ("parameters: {hyperparams.lr: {values: [1, 2], probabilities: 0.5}}", "add up to 1"),
+    ("parameters: {hyperparams.lr: {values: [1, 2], probabilities: [1.5, -0.5]}}", "add up to 1"),
     ("parameters: {hyperparams.lr: {min: 1.0}}", "'max'"),
+    ("parameters: {hyperparams.lr: {min: [1], max: 2}}", "numbers that make sense"),
+    ("parameters: {hyperparams.lr: {min: 0, max: .inf}}", "numbers that make sense"),
+    ("parameters: {hyperparams.epochs: {distribution: int_uniform, min: 1.5, max: 3}}", "numbers that make sense"),
+    ("parameters: {hyperparams.batch_size: {distribution: log_uniform, min: 16, max: 2048}}", "log_uniform_values takes values"),
+    ("parameters: {hyperparams.lr: {distribution: q_uniform, min: 0, max: 1, q: 0}}", "numbers that make sense"),
+    ("parameters: {hyperparams.lr: {distribution: categorical, min: 1, max: 2}}", "'categorical' is none that fits here"),
+    ("parameters: {hyperparams.lr: {distribution: normal, values: [1, 2]}}", "'normal' is none that fits here"),
+    ("parameters: [hyperparams.lr]", "parameters: expected a mapping"),
+    ("metric: val/loss\nparameters: {hyperparams.lr: {value: 1}}", "metric: expected a mapping, found 'val/loss'"),
+    ("metric: {nmae: val/loss}\nparameters: {hyperparams.lr: {value: 1}}", "Did you mean 'name'"),
+    ("early_terminate: hyperband\nparameters: {hyperparams.lr: {value: 1}}", "early_terminate: expected a mapping"),
+    ("early_terminate: {type: hyperband, eta: 1}\nparameters: {hyperparams.lr: {value: 1}}", "eta: expected a whole number from 2 on"),
+    ("early_terminate: {type: hyperband, min_iter: 0}\nparameters: {hyperparams.lr: {value: 1}}", "min_iter: expected a whole"),
+    ("early_terminate: {type: median, min_iter: '3'}\nparameters: {hyperparams.lr: {value: 1}}", "found '3'"),
     ("parameters: {hyperparams.lr: {distribution: log_uniform_values, min: 0, max: 1}}", "numbers that make sense"),
     ("metric: {name: loss}\nparameters: {hyperparams.lr: {value: 1}}", "val/loss"),
     ("early_terminate: {type: hyperban}\nparameters: {hyperparams.lr: {value: 1}}", "hyperband, median"),
@@ -176,7 +196,10 @@ def test_bad_search_files_are_refused_before_anything_runs(tmp_path, base, text,
 
 
 @pytest.mark.parametrize("wrong, says", [
-    ({"engine": "lokal"}, "Did you mean 'local'"), ({"jobs": 0}, "jobs: must be above 0"), ({"trials": 0}, "trials"),
+    ({"engine": "lokal"}, "Did you mean 'local'"), ({"jobs": 0}, "jobs: must be 1 or more"), ({"trials": 0}, "trials"),
+    ({"seed": -1}, "seed: must be 0 or more"), ({"overrides": ["data.source=/nowhere/titles.txt"]}, "/nowhere/titles.txt"),
+    ({"address": "auto"}, "engine local: does not take --address"),
+    ({"engine": "wandb", "resume": True, "jobs": 2, "seed": 1, "address": "auto"}, "does not take --resume, --jobs, --seed, --address"),
 ])  # fmt: skip
 def test_bad_arguments_are_refused(tmp_path, base, wrong, says):
     with pytest.raises(InputError, match=says):
@@ -223,10 +246,34 @@ def test_who_is_behind_is_pruned(tmp_path, base, pretend, monkeypatch, early):
 
 
 def test_a_missing_metric_is_an_error(tmp_path, base, pretend):
-    search = search_of(tmp_path, f"method: grid\nmetric: {{name: val/challenge_loss}}\n{LRS}")
-    with pytest.raises(RunError, match="without 'val/challenge_loss'"):
+    search = search_of(tmp_path, f"method: grid\nmetric: {{name: val/bits_per_byte}}\n{LRS}")
+    with pytest.raises(RunError, match="without 'val/bits_per_byte'; it has val/loss, val/coverage, val/challenge_loss$"):
         pretend(search, base, tmp_path / "out")
-    assert read_trials(tmp_path / "out")[0].status == "failed"
+
+
+def test_a_batch_too_large_for_the_challenges_loss_fails_alone(tmp_path, base, pretend):
+    text = "method: grid\nmetric: {name: val/challenge_loss}\nparameters: {hyperparams.batch_size: {values: [32, 16]}}"
+    board = pretend(search_of(tmp_path, text), base, tmp_path / "out")
+    assert [(t.status, t.value) for t in board.trials] == [("failed", None), ("complete", 1.5)]
+    assert board.trials[0].error.startswith("val/challenge_loss: no window fits")
+
+
+def test_a_sweep_without_a_complete_trial_has_failed(tmp_path, base, pretend):
+    search = search_of(tmp_path, "method: grid\nparameters: {attn_configs.causal.n_head: {values: [3, 5]}}")
+    with pytest.raises(RunError, match=r"no trial is complete \(2 invalid\); trial 0: n_head: 3 heads"):
+        pretend(search, base, tmp_path / "out")
+    assert len((tmp_path / "out" / "leaderboard.csv").read_text().splitlines()) == 3
+
+
+def test_titles_that_the_search_chooses_are_a_matter_of_the_trial(tmp_path, base, pretend):
+    search = search_of(tmp_path, "method: grid\nparameters: {data.source: {values: [synthetic, /nowhere/titles.txt]}}")
+    assert len(pretend(search, base, tmp_path / "out", overrides=["data.source=/nowhere/titles.txt"]).trials) == 2
+
+
+def test_a_log_is_not_filled_with_bars(tmp_path, base, pretend, monkeypatch, capsys):
+    monkeypatch.setattr(Pretend, "pause", 0.3)
+    pretend(search_of(tmp_path, LRS), base, tmp_path / "out", trials=1, progress=True)
+    assert 1 <= capsys.readouterr().err.count("\r") <= 3
 
 
 # --- folders ---
@@ -351,6 +398,19 @@ def test_a_sweep_cut_short_goes_on(tmp_path, base, signum, mode):
     assert board.best.value == straight.loss and board.best.evaluations == sw.evaluations(out / "trial-0000", "val/loss")
 
 
+def test_a_folder_that_is_still_in_use_is_left_for_the_next_time(tmp_path, base, monkeypatch):
+    """An orphan that will not end: its trial is no more final than it was, and is run when the folder is free."""
+    search, out = search_of(tmp_path, "parameters: {hyperparams.lr: {value: 0.01}}"), tmp_path / "out"
+    monkeypatch.setattr(sw, "_wait_for", partial(sw._wait_for, seconds=0.5))
+    (out / "trial-0000" / "run").mkdir(parents=True)
+    with open(out / "trial-0000" / "run" / ".lock", "a") as orphan:
+        fcntl.flock(orphan, fcntl.LOCK_EX)
+        with pytest.raises(RunError, match="trial-0000: another process is still training in this folder; end it, and --resume"):
+            run_sweep(search, base, out, trials=1, fast=True, progress=False)
+    assert [t.status for t in read_trials(out)] == ["running"]
+    assert run_sweep(search, base, out, trials=1, fast=True, resume=True, progress=False).counts == {"complete": 1}
+
+
 def test_a_crash_is_recorded_and_the_sweep_goes_on(tmp_path, base):
     """Without notebooks here; with them in test_trial.py."""
     search = search_of(tmp_path, "method: grid\nparameters: {hyperparams.lr: {values: [1.0e+30, 1.0e-2]}}")
@@ -394,8 +454,8 @@ def test_a_promoted_recipe_says_what_it_is(tmp_path, base, pretend):
 class FakeWandb(SimpleNamespace):
     """Exactly the calls that are used: sweep, agent, init as a context with config and log."""
 
-    def __init__(self):
-        super().__init__(asked=None, logged=[], points=[{"hyperparams.lr": 0.01}, {"hyperparams.lr": 0.02, "unasked": 1}])
+    def __init__(self, points):
+        super().__init__(asked=None, logged=[], points=points, stop=None)
 
     def sweep(self, sweep, entity=None, project=None):
         self.asked = sweep
@@ -412,6 +472,8 @@ class FakeWandb(SimpleNamespace):
 
     def log(self, numbers):
         self.logged.append(numbers)
+        if self.stop and self.config == self.points[0]:
+            raise self.stop
 
     def __enter__(self):
         return self
@@ -420,23 +482,63 @@ class FakeWandb(SimpleNamespace):
         return False
 
 
-def test_wandb_engine_with_a_stub(tmp_path, base, monkeypatch):
-    fake = FakeWandb()
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    monkeypatch.setattr(sw, "LocalEngine", Pretend)
-    search = search_of(tmp_path, LOG_LR)
-    board = sw.run_wandb_sweep(search, base, tmp_path / "out", trials=2, fast=True)
+@pytest.fixture
+def wandb_sweep(tmp_path, base, monkeypatch):
+    """A sweep of W&B's over two learning rates, with pretended trials."""
+    def sweep(fake, search=LOG_LR):
+        monkeypatch.setitem(sys.modules, "wandb", fake)
+        monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+        monkeypatch.setattr(sw, "LocalEngine", Pretend)
+        return run_sweep(search_of(tmp_path, search), base, tmp_path / "out", trials=2, engine="wandb", fast=True)
+
+    return sweep
+
+
+POINTS = [{"hyperparams.lr": 0.01}, {"hyperparams": {"lr": 0.02, "unasked": 1}}]  # dotted as in the file, and nested
+
+
+def test_wandb_engine_with_a_stub(wandb_sweep):
+    fake = FakeWandb(POINTS)
+    board = wandb_sweep(fake)
     assert [(t.status, t.params) for t in board.trials] == [("complete", {"hyperparams.lr": 0.01}), ("complete", {"hyperparams.lr": 0.02})]
     assert fake.asked["method"] == "random" and fake.asked["metric"] == {"name": "val/loss", "goal": "minimize"}
     assert sum("val/coverage" in n for n in fake.logged) == 2 and len(fake.logged) == 2 * (Pretend.rows + 1)
+
+
+@pytest.mark.parametrize("stop, ends", [
+    (Exception, ("pruned", "stopped by W&B")), (OSError("no network"), ("failed", "OSError: no network")),
+])  # fmt: skip
+def test_a_wandb_trial_that_is_thrown_out_has_ended(wandb_sweep, monkeypatch, stop, ends):
+    """W&B's agent throws a bare Exception into the thread of a run that is to stop."""
+    monkeypatch.setattr(Pretend, "pause", 0.3)
+    fake = FakeWandb(POINTS)
+    fake.stop = stop
+    board = wandb_sweep(fake)
+    assert [(t.status, t.error) for t in board.trials] == [ends, ("complete", "")]
+    assert board.trials[0].value == board.trials[0].evaluations[-1] and len(board.trials[0].evaluations) == 1
+
+
+def test_a_wandb_trial_stopped_by_hand_or_without_the_metric_has_failed(tmp_path, wandb_sweep, monkeypatch):
+    real = Pretend.trial
+
+    def trial(self, folder, cfg):
+        if folder.name == "trial-0000":
+            (folder / "stop").touch()
+        return real(self, folder, cfg)
+
+    monkeypatch.setattr(Pretend, "trial", trial)
+    search = "metric: {name: val/challenge_loss}\nparameters: {hyperparams: {parameters: {batch_size: {values: [8, 16, 32]}}}}"
+    with pytest.raises(RunError, match="no trial is complete"):
+        wandb_sweep(FakeWandb([{"hyperparams": {"batch_size": n}} for n in (16, 32)]), search)
+    assert [(t.status, t.error[:26]) for t in read_trials(tmp_path / "out")] == [
+        ("failed", "stopped by hand"), ("failed", "val/challenge_loss: no win")]  # fmt: skip
 
 
 def test_wandb_engine_without_a_key(tmp_path, base, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     with pytest.raises(InputError, match="WANDB_API_KEY"):
-        sw.run_wandb_sweep(search_of(tmp_path, LOG_LR), base, tmp_path / "out")
+        run_sweep(search_of(tmp_path, LOG_LR), base, tmp_path / "out", engine="wandb")
     assert not (tmp_path / "out").exists()
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A sweep on the runner, in the image. The same NAME again goes on where the last job stopped.
-# In:  SEARCH and BASE (sweeps/*.yaml), TRIALS, JOBS, ENGINE (local, ray, wandb), NAME, MAINRUN_HOME
+# A sweep on the runner, in the image. The same NAME again goes on where the last job stopped, except with wandb.
+# In:  SEARCH and BASE (sweeps/*.yaml), TRIALS, JOBS, ENGINE (local, ray, wandb), NAME, MAINRUN_HOME, MAINRUN_JOB (see in-image.sh)
 # Out: $MAINRUN_HOME/runs/sweep-$NAME on the runner; artifacts/ with report.html; a summary for GITHUB_STEP_SUMMARY
 set -euo pipefail
 scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -18,7 +18,11 @@ done
 
 folder="$MAINRUN_HOME/runs/sweep-$NAME"
 command=(mainrun-sweep "$SEARCH" --config "$BASE" --out "$folder" --trials "${TRIALS:-20}" --jobs "${JOBS:-1}" --engine "${ENGINE:-local}")
-if [ -d "$folder" ]; then
+again="with the same name to go on"
+if [ "${ENGINE:-local}" = wandb ]; then
+  again="with another name: W&B's own sweeps are not resumed"
+  [ ! -d "$folder" ] || fail "the sweep '$NAME' exists; start it $again"
+elif [ -d "$folder" ]; then
   command+=(--resume)
 fi
 
@@ -39,7 +43,7 @@ fi
   if [ "$status" = 0 ]; then
     echo "Finished. The report is in this run's artifacts."
   else
-    echo "Stopped with exit code $status. Start the workflow again with the same name to go on."
+    echo "Stopped with exit code $status. Start the workflow again $again."
   fi
 } >>"${GITHUB_STEP_SUMMARY:-/dev/stdout}"
 exit "$status"
