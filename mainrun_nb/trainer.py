@@ -40,7 +40,7 @@ from tqdm.auto import tqdm
 
 import mainrun_nb
 from .checkpoint import (
-    Checkpoint, atomic_write, load_checkpoint, rng_state, run_lock, save_checkpoint, set_rng_state, sweep_scratch)
+    Checkpoint, atomic_write, load_checkpoint, remove_later, rng_state, run_lock, save_checkpoint, set_rng_state, sweep_scratch)
 from .config import Config, Hyperparams, InputError, RunError, flatten, load_config, save_config
 from .data import fingerprint, get_batch, joined_chars, load_titles, ngram_losses, split_titles, steps_per_epoch, token_stream
 from .evaluate import validation_metrics
@@ -84,7 +84,7 @@ class Plan:
 
     max_steps: int
     eval_every: int
-    save_every: int  # 0: after each evaluation
+    save_every: int  # besides the checkpoints at each evaluation; 0: none
     read_every: int = 1  # steps between two looks at what the device has found
 
     def evaluates(self, step: int) -> bool:
@@ -93,12 +93,11 @@ class Plan:
 
     def saves(self, step: int) -> bool:
         "Whether to save a checkpoint after this step."
-        due = step % self.save_every == 0 if self.save_every else self.evaluates(step)
-        return due or step == self.max_steps
+        return self.evaluates(step) or bool(self.save_every and step % self.save_every == 0)
 
     def reads(self, step: int) -> bool:
         "Whether to read and log the results of the steps so far, after this step."
-        return step % self.read_every == 0 or self.evaluates(step) or self.saves(step)
+        return step % self.read_every == 0 or self.saves(step)
 
 
 def make_plan(hp: Hyperparams, n_tokens: int, device: str = "cpu") -> Plan:
@@ -554,10 +553,10 @@ def evaluate_now(run: Run) -> None:
 
 
 def save_now(run: Run) -> None:
-    "A checkpoint of the present state, written by the first process."
-    s = run.state
+    "A checkpoint of the present state, and of its metrics where it was evaluated, written by the first process."
+    s, metrics = run.state, run.metrics if run.plan.evaluates(run.state.step) else {}
     state = {**s.state_dict(run.procs), "sha256": run.data.info["sha256"]}
-    run.procs.share(lambda: str(save_checkpoint(run.run_dir, s.step, s.model.state_dict(), state, run.metrics, run.hp.keep_checkpoints)))
+    run.procs.share(lambda: str(save_checkpoint(run.run_dir, s.step, s.model.state_dict(), state, metrics, run.hp.keep_checkpoints)))
 
 # %% ../nbs/17_trainer.ipynb #025cdb01
 def in_log_file() -> bool:
@@ -654,6 +653,8 @@ def claim(held: ExitStack, run_dir: Path, cfg: Config, resume: bool, data: RunDa
     found = load_checkpoint(run_dir) if going_on else None
     if found and found.state["sha256"] != data.info["sha256"]:
         raise InputError(f"{run_dir}: the titles are not those that the run was begun with (data.source or its content has changed)")
+    if found:
+        remove_later(found)
     if not going_on:
         data.tokenizer.save(run_dir / "tokenizer")
         save_config(cfg, run_dir / ".config.yaml.tmp")
@@ -678,7 +679,7 @@ def one_run(
     if not isinstance(data, RunData):
         return data
     plan = make_plan(cfg.hyperparams, len(data.train_ids), device.type)
-    memory = procs.share(lambda: check_budget(cfg, data.tokenizer.vocab_size, device.type))  # before anything is allocated
+    memory = procs.share(lambda: check_budget(cfg, data.tokenizer.vocab_size, device.type, procs.count))  # nothing is allocated yet
     state = make_state(cfg, data.tokenizer.vocab_size, device, procs)
     with ExitStack() as held:
         found = procs.share(lambda: claim(held, run_dir, cfg, resume, data))

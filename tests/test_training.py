@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import mainrun_nb.trainer as trainer
-from mainrun_nb.checkpoint import list_checkpoints, load_checkpoint, load_run
+from mainrun_nb.checkpoint import list_checkpoints, load_checkpoint, load_run, read_checkpoint
 from mainrun_nb.config import Hyperparams, InputError, RunError, load_config
 from mainrun_nb.optim import StepResult
 from mainrun_nb.tracking import read_events
@@ -192,6 +192,15 @@ def test_a_damaged_checkpoint_costs_steps_and_not_the_run(finished, tmp_path):
     assert_same_run(finished, run_dir)
 
 
+def test_a_checkpoint_has_the_metrics_of_its_own_step_or_none(tmp_path):
+    """Saved every second step, evaluated every fifth; the best is the best of those evaluated."""
+    quick(tiny("hyperparams.max_steps=16", "hyperparams.keep_checkpoints=40"), tmp_path)
+    measured = {e["step"]: e["val/loss"] for e in read_events(tmp_path) if e["event"] == "validation_step"}
+    kept = {c.step: c.metrics.get("val/loss") for c in map(read_checkpoint, list_checkpoints(tmp_path))}
+    assert kept == {step: measured.get(step) for step in {1, 5, 15, *range(2, 17, 2)}} and set(measured) == {1, 5, 10, 15, 16}
+    assert load_checkpoint(tmp_path, "best").step == min(measured, key=measured.__getitem__)
+
+
 # --- disks ---
 
 
@@ -262,7 +271,7 @@ def test_a_bad_step_is_skipped_counted_and_never_saved(tmp_path, monkeypatch):
     spoilt(monkeypatch, {5, 6, 20})
     result = quick(tiny("hyperparams.max_bad_steps=3", "hyperparams.keep_checkpoints=40"), tmp_path)
     assert result.metrics["skipped_steps"] == 3 and result.metrics["steps"] == 40
-    assert {p.name for p in list_checkpoints(tmp_path)} == {f"step-{s:08d}" for s in range(2, 41, 2) if s not in (6, 20)}
+    assert {p.name for p in list_checkpoints(tmp_path)} == {f"step-{s:08d}" for s in {1, 13, 39, *range(2, 41, 2)} - {6, 20}}
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     skipped = [e["step"] for e in read_events(tmp_path) if e["event"] == "training_step" and e["train/loss"] is None]
