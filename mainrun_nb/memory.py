@@ -231,7 +231,7 @@ def fits(
     budget: int,  # bytes
     device: str = "cpu",
     vocab_size: int | None = None,  # of the tokenizer; none: hyperparams.vocab_size
-    **settings: int,  # hyperparams to be tried instead of those in cfg
+    **settings: Any,  # hyperparams to be tried instead of those in cfg
 ) -> bool:
     "Whether the predicted peak of a training step is within the budget."
     cfg = replace(cfg, hyperparams=replace(cfg.hyperparams, **settings))
