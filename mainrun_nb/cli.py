@@ -218,13 +218,10 @@ def sweep_cli(
 ):
     "Run a sweep; prints its leaderboard"
     from mainrun_nb.sweep import promote as promote_best
-    from mainrun_nb.sweep import run_sweep, run_wandb_sweep
+    from mainrun_nb.sweep import run_sweep
 
     needed(config=config, out=out)
-    if engine == "wandb":
-        board = run_wandb_sweep(search, config, out, trials or None, fast, overrides)
-    else:
-        board = run_sweep(search, config, out, trials or None, jobs, engine, fast, resume, overrides, seed, address)
+    board = run_sweep(search, config, out, trials or None, jobs, engine, fast, resume, overrides, seed, address)
     print(board.table())
     if promote:
         print(f"best trial written to {promote_best(out, promote)}")

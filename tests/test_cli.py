@@ -14,6 +14,7 @@ from mainrun_nb.trainer import make_plan, prepare_data
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = str(ROOT / "sweeps/base/quickstart.yaml")
+SEARCH = str(ROOT / "sweeps/search/batch_size.yaml")
 TINY = ["hyperparams.num_titles=1500", "hyperparams.max_steps=12", "hyperparams.batch_size=8", "hyperparams.vocab_size=500",
         "model_configs.gpt.d_model=32", "model_configs.gpt.hidden_layer=32", "model_configs.gpt.n_layer=1"]
 
@@ -136,6 +137,8 @@ def test_the_smoke_test_has_enough_titles_for_every_configuration(path):
 @pytest.mark.parametrize(("call", "says"), [
     (lambda: cli.eval_cli("nowhere"), "not a run folder"),
     (lambda: cli.generate_cli("nowhere"), "not a run folder"),
+    (lambda: cli.sweep_cli(SEARCH, config=QUICK, out="sweep", engine="wandb", resume=True), "does not take --resume"),
+    (lambda: cli.sweep_cli(SEARCH, "data.source=nowhere.txt", config=QUICK, out="sweep"), "nowhere.txt"),
 ])
 def test_other_commands_refuse(call, says, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -247,6 +247,14 @@ def test_a_stopped_sweep_still_reports_and_says_how_to_go_on(sweeper):
     assert "exit code 1. Start the workflow again with the same name" in sweeper.summary.read_text()
 
 
+def test_a_wandb_sweep_is_never_resumed(sweeper):
+    assert sweeper.run("sweep.sh", **SWEEP, ENGINE="wandb", SWEEP_EXIT="1").returncode == 1
+    assert "Start the workflow again with another name" in sweeper.summary.read_text()
+    done = sweeper.run("sweep.sh", **SWEEP, ENGINE="wandb")
+    assert done.returncode == 2 and "start it with another name" in done.stderr
+    assert len(sweeper.log("sweep.log")) == 1
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [("SEARCH", "../x.yaml"), ("BASE", "sweeps/no.yaml"), ("NAME", "a/b"), ("TRIALS", "0"), ("JOBS", "many"), ("ENGINE", "slurm")],
