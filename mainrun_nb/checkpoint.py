@@ -75,7 +75,7 @@ def run_lock(run_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise InputError(f"{run_dir}: another process is training in this folder; choose another --out") from None
+            raise InputError(f"{run_dir}: another process is at work in this folder; choose another --out") from None
         yield
 
 # %% ../nbs/15_checkpoint.ipynb #0f0b43ab

@@ -89,7 +89,7 @@ def test_what_was_failed_and_what_only_interrupted(recipes, tmp_path):
     for code in (130, 143, -2, -15):
         with pytest.raises(SystemExit):
             recipes.failure(code, log)
-    log.write_text("run: another process is training in this folder; choose another --out\n")
+    log.write_text("run: another process is at work in this folder; choose another --out\n")
     with pytest.raises(SystemExit):
         recipes.failure(2, log)
 

@@ -172,7 +172,7 @@ def sleep_at(event, step):
 def test_a_second_process_is_refused_and_a_second_signal_means_now(tmp_path):
     child = start([], tmp_path, functools.partial(sleep_at, step=7))
     wait_for(lambda: steps_logged(tmp_path) == 7)
-    with pytest.raises(InputError, match="another process is training"):
+    with pytest.raises(InputError, match="another process is at work"):
         quick(tiny(), tmp_path, resume=True)
     for _ in range(2):
         os.kill(child.pid, signal.SIGTERM)
