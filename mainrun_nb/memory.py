@@ -103,6 +103,8 @@ def simulate_step(
     from torch.distributed._tools.mem_tracker import MemTracker
 
     hp, tracker, place = cfg.hyperparams, MemTracker(), torch.device(device)
+    if hp.batch_size % hp.grad_accum:
+        raise InputError(f"hyperparams.grad_accum: must divide the {hp.batch_size} rows of a batch, found {hp.grad_accum}")
     few = replace(hp, grad_accum=min(hp.grad_accum, 2))
     rows = hp.batch_size // hp.grad_accum * few.grad_accum
     with FakeTensorMode(), place:
