@@ -126,7 +126,7 @@ class Hyperparams:
     max_bad_steps: int = positive(10)  # steps with a loss or gradient that is not finite, in a row, before giving up
     save_every: int = at_least(0, 0)  # steps between checkpoints, besides those at each evaluation; 0: only those
     keep_checkpoints: int = positive(2)  # newest checkpoints kept, besides the best
-    memory_budget_gb: float | None = optional_positive()  # refuse a run predicted to need more; null: the memory of the GPU, or of the machine
+    memory_budget_gb: float | None = optional_positive()  # refuse a run predicted to need more; null: the memory there is
 
 # %% ../nbs/00_config.ipynb #f222ef56
 @dataclass
