@@ -51,7 +51,7 @@ def with_budget(cfg, budget):
     return replace(cfg, hyperparams=replace(cfg.hyperparams, memory_budget_gb=budget / 1e9))
 
 
-@pytest.mark.parametrize(("share", "grad_accum"), [(0.85, 1), (0.5, 2)])
+@pytest.mark.parametrize(("share", "grad_accum"), [(0.85, 1), (0.65, 2)])
 def test_refusal_says_what_fits_and_it_does(share, grad_accum):
     hp = ["hyperparams.optimizer=adamw", "hyperparams.context_length=64", f"hyperparams.grad_accum={grad_accum}"]
     cfg = load_config(overrides=[*bench.SHAPE, *hp])
