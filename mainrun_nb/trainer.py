@@ -34,6 +34,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from fastcore.imports import in_jupyter
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
@@ -561,7 +562,7 @@ def save_now(run: Run) -> None:
 # %% ../nbs/17_trainer.ipynb #025cdb01
 def in_log_file() -> bool:
     "Whether nobody watches the progress bar as it moves: standard error is no terminal, and there is no notebook."
-    return not sys.stderr.isatty() and "ipykernel" not in sys.modules
+    return not sys.stderr.isatty() and not in_jupyter()
 
 
 def train_loop(run: Run, progress: bool = True) -> None:
