@@ -107,13 +107,16 @@ def assessed() -> Study:
 
 
 def full() -> Study:
-    "All seven passes: the control, also at other rates; the final recipe, without each of its largest gains, and with what may add one."
+    "All seven passes: the control, also at other rates; the final recipe, without one of its parts, and with what may be one."
     control, final = "sweeps/sota/small_control.yaml", "sweeps/sota/small.yaml"
     return {"control": (control, ["hyperparams.lr=2.0e-3"]), "control-lr-4.0e-3": (control, ["hyperparams.lr=4.0e-3"]),
             "final": (final, []), "dropout-0.2": (final, ["model_configs.gpt.dropout=0.2"]),
             "without-muon": (final, ["hyperparams.optimizer=adamw", "hyperparams.lr=4.0e-3", "hyperparams.weight_decay=0.1"]),
             "without-unigram": (final, ["tokenizer.kind=bpe"]),
-            "without-adamw-lr": (final, ["hyperparams.adamw_lr=2.0e-3"])}
+            "without-adamw-lr": (final, ["hyperparams.adamw_lr=2.0e-3"]),
+            "without-mask": (final, ["hyperparams.title_mask=false"]),
+            "without-rope": (final, ["model_configs.gpt.position=learned"]),
+            "without-wsd": (final, ["hyperparams.scheduler=cosine"])}
 
 
 def scaled() -> Study:
