@@ -182,10 +182,10 @@ def _git(*args: str) -> str:
 
 
 def git_commit() -> str | None:
-    "The commit of the checkout this package runs from, with '+' if files were changed; None outside a checkout."
+    "The commit of the checkout this package runs from, with '+' if its own files differ from that commit; None outside a checkout."
     try:
         _git("ls-files", "--error-unmatch", "__init__.py")  # a checkout of this package, not one around its installation
-        return _git("rev-parse", "HEAD") + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
+        return _git("rev-parse", "HEAD") + ("+" if _git("status", "--porcelain", "--untracked-files=no", ".") else "")
     except (OSError, subprocess.SubprocessError):
         return None
 
