@@ -9,7 +9,7 @@ of its own; three seeds in one place, to know the noise. The optimizer is Muon a
 for each.
 
 `batches`: the smallest GPT, trained by AdamW on a draw of 60,000 titles with batches of 8 to 128 rows of 64 tokens until it predicts
-16,384 validation tokens with 5.6 nats each, at each of three learning rates, constant after ten steps; a run that takes more steps
+16,384 validation tokens with 5.6 nats each, at two or three learning rates, constant after ten steps; a run that takes more steps
 than a better one of its batch size is cut off. From the same steps, each in four micro-batches, comes the gradient noise scale over
 the second half of the run.
 

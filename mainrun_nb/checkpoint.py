@@ -218,7 +218,7 @@ def load_checkpoint(
         try:
             return read_checkpoint(path)
         except ValueError as e:
-            warnings.warn(f"{path} is damaged ({e}); trying the one before it", stacklevel=2)
+            warnings.warn(f"{path} is damaged ({e}); trying the next", stacklevel=2)
     if paths:
         raise InputError(f"{Path(run_dir) / 'checkpoints'}: all {len(paths)} checkpoints are damaged")
     return None

@@ -306,7 +306,8 @@ def query_gpus(timeout: float = 10) -> tuple[list[str], str]:
     return tables, ""
 
 # %% ../nbs/20_cli.ipynb #6332f6d5
-SECRET = re.compile(r"(?i)([\w-]*(?:key|token|secret|password)[\w-]*[= ]+)\S+|(://[^/\s:]*:)[^/\s@]+(?=@)|(?<![\w-])[\w-]{32,}")
+# The last of the three is any long word that is not part of a path.
+SECRET = re.compile(r"(?i)([\w-]*(?:key|token|secret|password)[\w-]*[= ]+)\S+|(://[^/\s:]*:)[^/\s@]+(?=@)|(?<![\w/-])[\w-]{32,}")
 
 
 def without_keys(line: str) -> str:

@@ -40,9 +40,9 @@ def did_you_mean(
     return f" Did you mean '{close[0]}'?" if close else f" Known: {', '.join(known)}."
 
 # %% ../nbs/00_config.ipynb #4e18f25c
-def _checked(default: Any, check: Callable[[Any], bool], words: str) -> Any:
-    "A dataclass field whose value must satisfy `check`, described by `words`."
-    return field(default=default, metadata={"check": check, "words": words})
+def _checked(default: Any, check: Callable[[Any], bool], words: str, names: Iterable[str] = ()) -> Any:
+    "A dataclass field whose value must satisfy `check`, described by `words`; `names` are what a mistyped one may have meant."
+    return field(default=default, metadata={"check": check, "words": words, "names": names})
 
 
 def positive(default: float) -> Any:
@@ -78,19 +78,19 @@ def pair(first: float, second: float) -> Any:
 
 def one_of(*names: str) -> Any:
     "A field with a fixed set of names; the first is the default."
-    return _checked(names[0], lambda v: v in names, "one of " + ", ".join(names))
+    return _checked(names[0], lambda v: v in names, "one of " + ", ".join(names), names)
 
 # %% ../nbs/00_config.ipynb #cf14827a
 @dataclass
 class Hyperparams:
     "How to train: the budget, the step, and the precision."
 
-    seed: int = at_least(0, 1337)  # initialisation and dropout only; the split has its own seed in `data`
+    seed: int = between(0, 2**63, 1337)  # initialisation and dropout only; the split has its own seed in `data`
     epochs: int = positive(7)
     val_frac: float = fraction(0.10)  # share of the titles kept for validation
     num_titles: int = positive(100_000)
     vocab_size: int = at_least(4, 16_000)  # target size of the tokenizer
-    context_length: int = positive(128)  # tokens per row of a batch
+    context_length: int = at_least(2, 128)  # tokens per row of a batch
     model_architecture: str = "gpt"  # a registered model: gpt, unet_gpt
     batch_size: int = positive(64)  # rows per optimizer step, over all devices and micro-batches
     lr: float = positive(6e-3)
@@ -198,7 +198,7 @@ class DataConfig:
     source: str = "hackernews"  # hackernews, synthetic, or a path (.txt .csv .jsonl .parquet, plain or .gz, or a folder)
     revision: str = "9e21b0f3c36bd7ce50b741ce966297a7f73cae38"  # of the Hugging Face data set: the snapshot before June 2026
     column: str = "title"  # in files that have columns
-    seed: int = at_least(0, 1337)  # of the shuffle; never varied within a study
+    seed: int = between(0, 2**63, 1337)  # of the shuffle; never varied within a study
 
 
 @dataclass
@@ -278,10 +278,10 @@ def _check_names(node: dict, schema: DictConfig, where: str, path: str = "") -> 
     out = {}
     for name, value in node.items():
         key = f"{path}{name}"
-        if name in ALIASES and name not in schema:
+        if name in ALIASES and name not in schema and ALIASES[name] in schema:
             warnings.warn(f"{where}: '{key}' is read as '{path}{ALIASES[name]}'", stacklevel=2)
             name = ALIASES[name]
-        if name not in schema:
+        if name is None or name not in schema:
             raise InputError(f"{where}: unknown key '{key}'.{did_you_mean(str(name), map(str, schema))}")
         inner = OmegaConf.is_dict(schema._get_node(name))
         if inner != isinstance(value, dict):
@@ -299,7 +299,7 @@ def _merge(conf: DictConfig, node: dict, where: str, path: str = "") -> None:
             continue
         wanted = conf._get_node(name)._metadata.ref_type  # type: ignore[union-attr]
         try:
-            if isinstance(value, bool) and wanted is not bool:
+            if isinstance(value, bool) != (wanted is bool) and isinstance(value, int | float):
                 raise ValidationError
             OmegaConf.update(conf, name, value, merge=False)
         except OmegaConfBaseException:
@@ -316,6 +316,8 @@ def _read_yaml(path: Path) -> dict:
     except yaml.YAMLError as e:
         line = f", line {e.problem_mark.line + 1}" if getattr(e, "problem_mark", None) else ""
         raise InputError(f"{path}{line}: not valid YAML ({getattr(e, 'problem', None) or e})") from None
+    except OmegaConfBaseException as e:
+        raise InputError(f"{path}: not a configuration ({str(e).splitlines()[0]})") from None
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"{path}: cannot be read ({e.strerror if isinstance(e, OSError) else 'not text'})") from None
     if not isinstance(raw, dict):
@@ -343,8 +345,9 @@ def check_values(section: Any, path: str = "") -> None:
         elif isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{key}: must be a finite number, found {value}")
         elif "check" in f.metadata and not f.metadata["check"](value):
-            hint = did_you_mean(value, f.metadata["words"][7:].split(", ")) if isinstance(value, str) else ""
-            raise InputError(f"{key}: must be {f.metadata['words']}, found {value!r}.{hint if 'mean' in hint else ''}".rstrip("."))
+            near = difflib.get_close_matches(str(value), f.metadata.get("names", ()), n=1)
+            hint = f". Did you mean '{near[0]}'?" if near else ""
+            raise InputError(f"{key}: must be {f.metadata['words']}, found {value!r}{hint}")
 
 # %% ../nbs/00_config.ipynb #30244846
 def load_config(
@@ -365,7 +368,7 @@ def load_config(
         sections: Any = {name: OmegaConf.to_object(conf[name]) for name in conf}
         cfg = Config(**sections)
     except OmegaConfBaseException as e:
-        raise InputError(f"{path or 'overrides'}: {str(e).splitlines()[0]}") from None
+        raise InputError(f"{e.full_key or path or 'overrides'}: {str(e).splitlines()[0]}") from None
     check_values(cfg)
     return cfg
 

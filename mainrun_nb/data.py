@@ -60,9 +60,11 @@ def _read_txt(raw: bytes, where: str, column: str) -> Iterable[str]:
 
 # %% ../nbs/02_data.ipynb #37e0c69b
 def _need_column(column: str, known: Iterable[str], where: str) -> None:
-    "Raise `InputError` with a suggestion unless `column` is known."
+    "Raise `InputError` with a suggestion unless there is one `column`."
     if column not in (known := list(known)):
         raise InputError(f"{where}: no column '{column}' (data.column).{did_you_mean(column, known)}")
+    if known.count(column) > 1:
+        raise InputError(f"{where}: {known.count(column)} columns are called '{column}' (data.column)")
 
 # %% ../nbs/02_data.ipynb #f32767a7
 def _read_csv(raw: bytes, where: str, column: str) -> Iterable[str]:
@@ -131,12 +133,22 @@ _READERS: dict[str, Callable[[bytes, str, str], Iterable[Any]]] = {
     ".txt": _read_txt, ".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
 
 
+def _as_path(source: str | Path) -> Path:
+    "The path, its `~` expanded; `InputError` for a text that no file system takes for one."
+    try:
+        path = Path(source).expanduser()
+        path.exists()
+        return path
+    except (OSError, RuntimeError) as e:
+        raise InputError(f"'{source}' cannot be a path ({getattr(e, 'strerror', None) or e})") from None
+
+
 def read_titles(
     path: str | Path,  # .txt, .csv, .jsonl or .parquet, plain or .gz
     column: str = "title",  # where the file has columns
 ) -> list[str]:
     "All titles of a file, in its order, stripped. Raises `InputError` (one line) for anything else than titles."
-    path = Path(path).expanduser()
+    path = _as_path(path)
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     if suffix not in _READERS:
         raise InputError(f"{path}: unknown kind of file; known: {', '.join(_READERS)}, each plain or .gz")
@@ -230,11 +242,11 @@ def draw(
 def _open_source(cfg: Config) -> tuple[Any, str]:
     "The titles of a source that is not synthetic: a list, or rows with columns; and its name for messages."
     source = cfg.data.source
-    path = Path(source).expanduser()
     if source == "hackernews":
         return _load_hub(cfg.data.revision), f"the hub's {HUB_NAME}"
     if not source.strip():
         raise InputError("data.source: is empty (is HN_TITLES set to nothing?); hackernews, synthetic or a path")
+    path = _as_path(source)
     if path.is_dir():
         return _load_folder(path), source
     if not path.exists():

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['STATE_BYTES', 'CUDA_ALLOWANCE', 'HOPELESS', 'block_activations', 'explain', 'LayerMemory', 'simulate_step',
-           'measured_peak', 'MemoryEstimate', 'estimate_memory', 'tensor_bytes', 'inference_memory', 'memory_budget',
-           'fits', 'find_batch_size', 'what_would_fit', 'MemoryBudgetError', 'check_budget']
+           'measured_peak', 'MemoryEstimate', 'estimate_memory', 'tensor_bytes', 'inference_memory', 'machine_memory',
+           'memory_budget', 'fits', 'find_batch_size', 'what_would_fit', 'MemoryBudgetError', 'check_budget']
 
 # %% ../nbs/12_memory.ipynb #63a8859a
 import gc
 import os
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,7 +52,8 @@ def explain(
     with FakeTensorMode():
         n = sum(p.numel() for p in build_model(cfg, vocab_size).parameters())
     rows, widths, heads = _shape(cfg)
-    state = 4 * n if hp.optimizer.lower() == "sgd" and hp.momentum else STATE_BYTES.get(hp.optimizer.lower(), 8) * n
+    name = hp.optimizer.lower()
+    state = (STATE_BYTES.get(name, 8) + 4 * bool(hp.momentum and name in ("sgd", "rmsprop"))) * n
     logits = 2 * 4 * vocab_size * min(rows, hp.loss_chunk or rows)
     return {"parameters": 4 * n, "gradients": 4 * n, "optimizer": state,
             "activations": sum(block_activations(rows, w, heads) for w in widths), "logits": logits}
@@ -97,12 +99,11 @@ def _layers(model: nn.Module, tracker: Any, device: torch.device) -> list[LayerM
 def simulate_step(
     cfg: Config,
     vocab_size: int,
-    device: str = "cpu",
 ) -> tuple[dict[str, int], list[LayerMemory]]:  # bytes per part at the moment of the peak; what each layer costs
     "Run two training steps on fake tensors and count what they would allocate."
     from torch.distributed._tools.mem_tracker import MemTracker
 
-    hp, tracker, place = cfg.hyperparams, MemTracker(), torch.device(device)
+    hp, tracker, place = cfg.hyperparams, MemTracker(), torch.device("cpu")
     if hp.batch_size % hp.grad_accum:
         raise InputError(f"hyperparams.grad_accum: must divide the {hp.batch_size} rows of a batch, found {hp.grad_accum}")
     few = replace(hp, grad_accum=min(hp.grad_accum, 2))
@@ -181,7 +182,7 @@ def estimate_memory(
     peak = parts["total"]
     if device == "cuda":
         peak = round(peak * CUDA_ALLOWANCE)
-        notes.append(f"with the allowance for CUDA: {peak / 1e6:.0f} MB")
+        notes.append(f"with the allowance for CUDA: {peak / 1e6:.0f} MB; attention as on a CPU, whose tables fused kernels need not keep")
     return MemoryEstimate(peak, parts, layers, "; ".join(notes))
 
 # %% ../nbs/12_memory.ipynb #725045a4
@@ -216,13 +217,22 @@ def inference_memory(
         return {"parameters": parameters, "cache": tensor_bytes(caches)}
 
 # %% ../nbs/12_memory.ipynb #85c76d76
+def machine_memory() -> int:  # bytes
+    "The memory of this machine or, where that is less, of the container it runs in."
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no such group, or its limit is "max"
+        return total
+
+
 def memory_budget(cfg: Config, device: str = "cpu") -> int:  # bytes
     "What a run may use: `hyperparams.memory_budget_gb`, or all the memory of the GPU or machine."
     if cfg.hyperparams.memory_budget_gb:
         return round(cfg.hyperparams.memory_budget_gb * 1e9)
     if device == "cuda":
         return torch.cuda.get_device_properties(0).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return machine_memory()
 
 # %% ../nbs/12_memory.ipynb #7e56a2cc
 HOPELESS = 100  # formulas this many times over the budget need no simulation to be refused
@@ -280,9 +290,10 @@ def check_budget(
     vocab_size: int,
     device: str = "cpu",
     processes: int = 1,  # that share out the batch
+    runs: int = 1,  # at a time that share out the machine or the GPU; a budget of the configuration's own is for each
 ) -> dict[str, Any]:  # for the log: method, predicted and allowed bytes, of each process
     "Refuse a run that cannot fit. Raises `MemoryBudgetError` with the numbers and with what would fit."
-    budget = memory_budget(cfg, device) // (processes if device == "cpu" else 1)
+    budget = memory_budget(cfg, device) // (processes if device == "cpu" else 1) // (1 if cfg.hyperparams.memory_budget_gb else runs)
     cfg = replace(cfg, hyperparams=replace(cfg.hyperparams, batch_size=cfg.hyperparams.batch_size // processes))
     rough, (rows, widths, heads) = explain(cfg, vocab_size), _shape(cfg)
     formula, tables = sum(rough.values()), 9 * rows * len(widths) * heads * cfg.hyperparams.context_length
@@ -291,6 +302,6 @@ def check_budget(
     estimate = None if formula > HOPELESS * budget else estimate_memory(cfg, device, vocab_size)
     needed = estimate.peak_bytes if estimate else formula
     if estimate is None or needed > budget:
-        raise MemoryBudgetError(f"memory: a step needs {needed / 1e9:.2f} GB, the budget is {budget / 1e9:.2f} GB; "
+        raise MemoryBudgetError(f"memory: a step needs {needed / 1e9:.3g} GB, the budget is {budget / 1e9:.3g} GB; "
                                 + what_would_fit(cfg, budget, device, vocab_size, processes))
     return {"method": "simulated", "predicted_bytes": estimate.peak_bytes, "budget_bytes": budget, **estimate.parts}

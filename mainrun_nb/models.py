@@ -51,11 +51,14 @@ def build_model(
     if section.attention_layer not in attns:
         hint = did_you_mean(section.attention_layer, attns)
         raise InputError(f"model_configs.{name}.attention_layer: unknown '{section.attention_layer}'.{hint}")
-    return _MODELS[name](
-        section, attns[section.attention_layer], vocab_size,
-        context_length=hp.context_length, title_mask=hp.title_mask,
-        loss_chunk=hp.loss_chunk, checkpoint_activations=hp.checkpoint_activations,
-    )
+    try:
+        return _MODELS[name](
+            section, attns[section.attention_layer], vocab_size,
+            context_length=hp.context_length, title_mask=hp.title_mask,
+            loss_chunk=hp.loss_chunk, checkpoint_activations=hp.checkpoint_activations,
+        )
+    except InputError as e:
+        raise InputError(f"model_configs.{name} with attn_configs.{section.attention_layer}: {e}") from None
 
 # %% ../nbs/10_models.ipynb #250e8306
 def count_parameters(
@@ -153,7 +156,7 @@ def from_gpt2_config(theirs: Any) -> Config:
 def hf_tokenizer(
     tokenizer: Tokenizer,
 ) -> Any:  # tokenizers.Tokenizer
-    "The same tokenizer for Hugging Face: same ids, same text back."
+    "The same tokenizer for Hugging Face: the same ids, and a title's text back; after a special token it keeps a space that ours drops."
     from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as HFTokenizer
 
@@ -200,8 +203,8 @@ def export_gpt2(
     refuse_for_gpt2(model)
     if model.vocab_size != tokenizer.vocab_size:
         raise InputError(f"the model has {model.vocab_size} tokens, the tokenizer {tokenizer.vocab_size}: they do not belong together")
-    folder = Path(folder)
-    draft = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    folder = Path(folder).absolute()
+    draft = folder.parent / f"{folder.name}.{os.getpid()}.tmp"
     try:
         if folder.exists() and any(folder.iterdir()):
             raise InputError(f"{folder}: exists and is not empty")

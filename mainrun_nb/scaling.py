@@ -79,7 +79,7 @@ def noise_scale(
 
 # %% ../nbs/19_scaling.ipynb #8dda53f9
 def logged_noise(
-    run_dir: str | Path,  # of a run with hyperparams.grad_accum above 1, or on several processes
+    run_dir: str | Path,  # of a run with hyperparams.grad_accum above 1
     stretches: int = 4,  # parts of the run, in order
     skip: int = 0,  # steps left out at the start
 ) -> list[tuple[int, float, NoiseScale]]:  # for each part: its last step, its mean training loss, its noise scale
@@ -293,13 +293,18 @@ def _table_row(found: dict[str, Any]) -> dict[str, Any] | None:
     n, d, loss = (float(row[k]) for k in ("n", "d", "loss"))
     seed, epoch = found.get("seed"), found.get("tokens_per_epoch")
     return {"name": row["name"] or "", "n": n, "d": d, "c": 6 * n * d, "loss": loss,
-            "epochs": d / float(epoch) if epoch else None, "seed": int(seed) if seed else None}
+            "epochs": d / float(epoch) if epoch else None, "seed": None if seed in _BLANK else int(seed)}
 
 # %% ../nbs/19_scaling.ipynb #53496b8b
 def _folder_values(result: Path) -> dict[str, Any]:
     "The named values of a finished run, from its result.json and config.yaml."
-    found, hp = json.loads(result.read_text(encoding="utf-8")), load_config(result.parent / "config.yaml").hyperparams
-    return {**found, "tokens_per_epoch": found["data"]["tokens_per_epoch"], "name": result.parent.name,
+    try:
+        found = json.loads(result.read_text(encoding="utf-8"))
+        per_epoch = found["data"]["tokens_per_epoch"]
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{result}: not the result of a run of this project") from None
+    hp = load_config(result.parent / "config.yaml").hyperparams
+    return {**found, "tokens_per_epoch": per_epoch, "name": result.parent.name,
             "batch_size": hp.batch_size, "context_length": hp.context_length}
 
 

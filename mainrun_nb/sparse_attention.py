@@ -31,7 +31,7 @@ def sees(
     c: int = 1,  # summary columns per block, in tokens
     vert: int = 0,  # which set of summary columns, counted from the end of the block
 ) -> Tensor:  # bool
-    "Whether key `j` is visible from query `i` in one elementary pattern (Child et al. 2019, section 4.2)."
+    "Whether key `j` is visible from query `i` in one elementary pattern (Child et al. 2019, section 4.3)."
     if kind == "all":
         return j <= i
     if kind == "local":

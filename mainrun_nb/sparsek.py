@@ -81,9 +81,10 @@ class Selection:
 
     def __post_init__(self) -> None:
         if min(self.k, self.candidates, self.window, self.chunk) < 1:
-            raise InputError(f"sparsek: k, candidates, window and chunk must be 1 or more, found {self}")
+            found = ", ".join(f"{name} {value}" for name, value in vars(self).items())
+            raise InputError(f"k, candidates, window and chunk must be 1 or more, found {found}")
         if self.candidates < self.k:
-            raise InputError(f"sparsek: candidates must be at least k, found {self.candidates} candidates for k = {self.k}")
+            raise InputError(f"candidates must be at least k, found {self.candidates} candidates for k = {self.k}")
 
 # %% ../nbs/07_sparsek.ipynb #948320ec
 def ages(T: int, titles: Tensor | None, device: Any = None) -> tuple[Tensor, Tensor]:
@@ -270,18 +271,19 @@ class _Field:
         ahead = (self.falling - step).to(dtype)[:, None, :]  # elders before each newcomer
         self.place = (ahead * self.sees).add_(self.new_count[..., :-1])  # (G, c, c) a newcomer's rank among a query's candidates
 
-    def count(self, s: Tensor) -> Tensor:
-        "How many of each query's candidates stand before place s (G, c, m) of the order."
+    def _look_up(self, s: Tensor, *tables: tuple[Tensor, Tensor]) -> list[Tensor]:
+        "Of each pair of running totals, over elders and over newcomers, what stands before place s (G, c, m) of the order."
         flat = s.flatten(1)
         j = self.new_before.gather(1, flat).view(s.shape)
-        return self.elder_count.gather(1, flat).view(s.shape).mul_(self.sees).add_(self.new_count.gather(2, j))
+        return [elder.gather(1, flat).view(s.shape).mul_(self.sees).add_(new.gather(2, j)) for elder, new in tables]
 
-    def count_and_sum(self, s: Tensor) -> tuple[Tensor, Tensor]:
+    def count(self, s: Tensor) -> Tensor:
+        "How many of each query's candidates stand before place s."
+        return self._look_up(s, (self.elder_count, self.new_count))[0]
+
+    def count_and_sum(self, s: Tensor) -> list[Tensor]:
         "The same, and the sum of their scores."
-        flat = s.flatten(1)
-        j = self.new_before.gather(1, flat).view(s.shape)
-        n = self.elder_count.gather(1, flat).view(s.shape).mul_(self.sees).add_(self.new_count.gather(2, j))
-        return n, self.elder_sum.gather(1, flat).view(s.shape).mul_(self.sees).add_(self.new_sum.gather(2, j))
+        return self._look_up(s, (self.elder_count, self.new_count), (self.elder_sum, self.new_sum))
 
 # %% ../nbs/07_sparsek.ipynb #0368273e
 def _end_of_best(field: _Field, m: int) -> Tensor:
@@ -616,7 +618,7 @@ class SparseKAttention(Attention):
         super().__init__(d_model, cfg, common)
         self.rule = Selection(cfg.k, cfg.candidates or 4 * cfg.k, cfg.window, cfg.chunk)
         if self.rule.candidates == cfg.k:
-            raise InputError(f"sparsek: candidates must be more than k, found {cfg.k} for both: every gate is 1 then, no score is learned")
+            raise InputError(f"candidates must be more than k, found {cfg.k} for both: every gate is 1 then, no score is learned")
         self.score = nn.Linear(d_model, self.n_head, bias=False)
         self.sharpness = nn.Parameter(torch.ones(self.n_head))
         self.certificate = torch.ones(())  # of the last forward pass: the share of crowded queries whose threshold is the unbounded one

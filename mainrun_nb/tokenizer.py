@@ -291,7 +291,7 @@ def _fit(kind: str, train: Sequence[str], val: Sequence[str], vocab_size: int) -
         seen = [*train, *val]
         tokenizer = ChallengeTokenizer(challenge_tokens(train_challenge(seen, vocab_size)))
         missing = len(set(BYTES) - set(tokenizer.tokens))
-        tokenizer.meta = dict(trained_on="train+validation", titles=len(seen), lossless=False, bytes_without_id=missing)
+        tokenizer.meta = dict(trained_on="train+validation" if val else "train", titles=len(seen), lossless=False, bytes_without_id=missing)
         tokenizer.meta |= lost(tokenizer, seen)
         return tokenizer
     if kind == "unigram":

@@ -152,8 +152,14 @@ def check_tracking(cfg: Config) -> None:
     if "wandb" in cfg.tracking.backends and cfg.tracking.mode == "online" and not has_key():
         raise InputError("tracking.mode: online needs a W&B key; set WANDB_API_KEY, run `wandb login`, or use auto or offline")
     copy = cfg.hyperparams.log_file
-    if copy and (not Path(copy).parent.is_dir() or Path(copy).is_dir()):
-        raise InputError(f"hyperparams.log_file: {copy} cannot be written: its folder does not exist, or it is a folder itself")
+    if copy:
+        new = not Path(copy).exists()
+        try:
+            Path(copy).open("a").close()
+        except OSError as e:
+            raise InputError(f"hyperparams.log_file: {copy} cannot be written ({e.strerror})") from None
+        if new:
+            Path(copy).unlink()
 
 # %% ../nbs/14_tracking.ipynb #b8eaf7a0
 def run_id(run_dir: Path) -> str:

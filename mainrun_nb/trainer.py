@@ -9,7 +9,7 @@ __all__ = ['MMAP_MAX', 'TRIM_THRESHOLD', 'FREE', 'PEAKS', 'NUMBERS', 'RunData', 
            'noted_signals', 'Processes', 'used_memory', 'explained', 'leave_job', 'joined', 'TrainState', 'my_rows',
            'make_state', 'Taken', 'read_steps', 'final_weights', 'evaluate_state', 'take_step', 'Run', 'log_step',
            'certificates', 'evaluate_now', 'save_now', 'in_log_file', 'train_loop', 'save_curves', 'result_of',
-           'finish', 'announce', 'before_training', 'claim', 'begin', 'one_run', 'train']
+           'finish', 'announce', 'check_build', 'before_training', 'claim', 'begin', 'one_run', 'train']
 
 # %% ../nbs/17_trainer.ipynb #09be5496
 import ctypes
@@ -18,6 +18,7 @@ import io
 import json
 import os
 import platform
+import re
 import resource
 import signal
 import subprocess
@@ -40,8 +41,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 import mainrun_nb
-from .checkpoint import (
-    Checkpoint, atomic_write, load_checkpoint, remove_later, rng_state, run_lock, save_checkpoint, set_rng_state, sweep_scratch)
+from mainrun_nb.checkpoint import (
+    Checkpoint, atomic_write, list_checkpoints, load_checkpoint, remove_later, rng_state, run_lock, save_checkpoint, set_rng_state,
+    sweep_scratch)
 from .config import Config, Hyperparams, InputError, RunError, flatten, load_config, save_config
 from .data import fingerprint, get_batch, joined_chars, load_titles, ngram_losses, split_titles, steps_per_epoch, token_stream
 from .evaluate import validation_metrics
@@ -71,7 +73,8 @@ def prepare_data(
 ) -> RunData:
     "Titles to token streams. Raises `InputError` for a source or a split that cannot be."
     train, val = split_titles(load_titles(cfg), cfg)
-    tokenizer = tokenizer or train_tokenizer(train, val, cfg.tokenizer.kind, cfg.hyperparams.vocab_size)
+    seen = () if cfg.data.source == "synthetic" else val  # a floor is one only for what was fitted without these titles (chapter 01)
+    tokenizer = tokenizer or train_tokenizer(train, seen, cfg.tokenizer.kind, cfg.hyperparams.vocab_size)
     train_ids, val_ids = token_stream(train, tokenizer), token_stream(val, tokenizer)
     reference = ngram_losses(train_ids, val_ids, tokenizer.vocab_size, joined_chars(val))
     info = {**fingerprint(train, val, cfg, len(train_ids)), "val_tokens": len(val_ids), "val_chars": joined_chars(val),
@@ -147,6 +150,8 @@ def freed_memory_kept() -> Iterator[None]:
     try:
         yield
     finally:
+        libc.mallopt(MMAP_MAX, 65536)  # glibc's defaults
+        libc.mallopt(TRIM_THRESHOLD, 128 * 1024)
         libc.malloc_trim(0)
 
 # %% ../nbs/17_trainer.ipynb #1bc42148
@@ -216,13 +221,13 @@ def matrix_rate(device: torch.device | str, dtype: torch.dtype, n: int = 0) -> f
 
 
 # Dense peak rates from the data sheets, in 10^12 operations per second in 16 bits: name of the GPU -> rate.
-PEAKS = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "B200": 2250, "A100": 312, "A10G": 70, "A10": 125, "A30": 165,
-         "L40S": 362, "L4": 121, "V100": 125, "T4": 65, "RTX 4090": 165, "RTX 3090": 71, "RTX A6000": 155}
+PEAKS = {"GH200": 989, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "B200": 2250, "A100": 312, "A10G": 70, "A10": 125,
+         "A30": 165, "L40S": 362, "L4": 121, "V100": 125, "T4": 65, "RTX 4090": 165, "RTX 3090": 71, "RTX A6000": 155}
 
 
 def known_peak(name: str) -> float | None:
     "The data sheet's 16-bit rate of a GPU, in operations per second, if it is in the list."
-    return next((rate * 1e12 for known, rate in PEAKS.items() if known in name), None)
+    return next((rate * 1e12 for known, rate in PEAKS.items() if re.search(rf"\b{known}\b", name)), None)
 
 # %% ../nbs/17_trainer.ipynb #f22e601b
 def speed_report(
@@ -337,7 +342,8 @@ def explained(error: BaseException, run_dir: Path, device: torch.device, count: 
         memory = f"{used_memory(run_dir, device)}: {first}"
         return RunError(f"{run_dir}: out of memory ({memory}); hyperparams.grad_accum cuts the batch into smaller parts")
     if isinstance(error, OSError) and error.strerror:
-        return RunError(f"{error.filename or run_dir}: {error.strerror}; the last checkpoint is kept")
+        kept = "the last checkpoint is kept" if list_checkpoints(run_dir) else "there is no checkpoint yet"
+        return RunError(f"{error.filename or run_dir}: {error.strerror}; {kept}")
     if count > 1 and isinstance(error, RuntimeError) and any(w in str(error) for w in ("gloo", "NCCL", "peer", "onnection", "imed out")):
         return RunError(f"{run_dir}: a process of this job is gone; the last checkpoint is kept, --resume goes on from there")
     return None
@@ -566,7 +572,7 @@ def in_log_file() -> bool:
 
 
 def train_loop(run: Run, progress: bool = True) -> None:
-    "Steps until the plan is done. Raises `Interrupted` after a signal, having saved."
+    "Steps until the plan is done. Raises `Interrupted` after a signal, having saved unless the steps are bad."
     s, plan = run.state, run.plan
     show, every = progress and run.procs.rank == 0, 10.0 if in_log_file() else 0.2  # seconds
     with noted_signals() as signals, tqdm(total=plan.max_steps, initial=s.step, unit="step", mininterval=every, disable=not show) as bar:
@@ -580,11 +586,13 @@ def train_loop(run: Run, progress: bool = True) -> None:
             if plan.evaluates(s.step):
                 evaluate_now(run)
                 bar.set_postfix({"val/loss": f"{run.metrics['val/loss']:.4f}"})
-            if (plan.saves(s.step) or stop) and (not s.bad_steps or s.step == plan.max_steps):
+            doubtful = s.bad_steps and s.step < plan.max_steps
+            if (plan.saves(s.step) or stop) and not doubtful:
                 save_now(run)
             if stop:
+                where = "the last checkpoint" if doubtful else "there"
                 what = f"stopped by {signal.Signals(stop).name} after step {s.step}"
-                raise Interrupted(f"{run.run_dir}: {what}; --resume goes on from there", stop)
+                raise Interrupted(f"{run.run_dir}: {what}; --resume goes on from {where}", stop)
 
 # %% ../nbs/17_trainer.ipynb #66938ce8
 def save_curves(run_dir: Path) -> None:
@@ -631,6 +639,13 @@ def announce(
     run.tracker.log("memory_estimate", **memory)
     run.tracker.log("model_info", parameters=count_parameters(model), max_steps=run.plan.max_steps, eval_every=run.plan.eval_every)
 
+# %% ../nbs/17_trainer.ipynb #3eee0fc3
+def check_build(cfg: Config) -> None:
+    "Raise `InputError` for a model, an optimizer or a schedule that cannot be."
+    with torch.device("meta"):
+        build_optimizer(build_model(cfg, cfg.hyperparams.vocab_size), cfg.hyperparams)
+    lr_factor(0, 1, cfg.hyperparams)
+
 
 def before_training(cfg: Config, run_dir: Path, resume: bool, device: torch.device) -> dict[str, Any] | RunData:
     "All that can be refused before anything is written: the result of a run that is finished already, or the data."
@@ -639,6 +654,7 @@ def before_training(cfg: Config, run_dir: Path, resume: bool, device: torch.devi
     going_on = check_folder(run_dir, cfg, resume)
     if going_on and (run_dir / "result.json").exists():
         return json.loads((run_dir / "result.json").read_text())
+    check_build(cfg)
     return prepare_data(cfg, load_tokenizer(run_dir / "tokenizer") if going_on else None)
 
 # %% ../nbs/17_trainer.ipynb #6e928cad
@@ -705,5 +721,7 @@ def train(
     or was interrupted; its last checkpoint is kept.
     """
     run_dir, device = Path(run_dir), pick_device(cfg.hyperparams.device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # of runs that this process made before
     with joined(device, run_dir) as procs, freed_memory_kept():
         return RunResult(run_dir, one_run(procs, device, cfg, run_dir, resume, progress, on_event))

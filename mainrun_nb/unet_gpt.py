@@ -31,6 +31,10 @@ def check_widths(
     widths, key = list(cfg.hidden_layer_list), "hidden_layer_list"
     if not widths:
         raise InputError(f"{key}: needs at least one width, found an empty list")
+    if cfg.n_layer not in (UnetGPTConfig.n_layer, len(widths)):
+        raise InputError(f"n_layer: found {cfg.n_layer}, but {key} has {len(widths)} widths, one a layer")
+    if cfg.hidden_layer != UnetGPTConfig.hidden_layer:
+        raise InputError(f"hidden_layer: found {cfg.hidden_layer}, but the widths are those of {key}")
     for i, width in enumerate(widths):
         if width < 1:
             raise InputError(f"{key}: widths are above 0, found {width} for layer {i}")
@@ -46,7 +50,6 @@ def check_widths(
 
 # %% ../nbs/09_unet_gpt.ipynb #4a251e8e
 def make_projections(
-    d_model: int,  # width of the embedding
     widths: list[int],  # of the layers
     bias: bool,
 ) -> nn.ModuleList:  # one per layer but the first, whose input the embedding projects
@@ -67,7 +70,7 @@ class UNetGPT(GPT):
     def __init__(self, cfg: UnetGPTConfig, attn_cfg: Any, *args: Any, **settings: Any) -> None:
         self._widths = check_widths(cfg, attn_cfg)
         super().__init__(cfg, attn_cfg, *args, **settings)
-        self.between = make_projections(cfg.d_model, self._widths, cfg.bias)
+        self.between = make_projections(self._widths, cfg.bias)
         self.bridges = len(mirrored(len(self._widths))) if cfg.skip_connections else 0
 
     def widths(self) -> list[int]:

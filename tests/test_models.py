@@ -91,14 +91,15 @@ CHOICES: dict[str, list[list[str]]] = {  # each choice is a list of overrides; `
     "scale": [["M.layer_scale=0"], ["M.layer_scale=0.1"]],
     "init": [[f"M.init_method={name}"] for name in ("normal", "xavier", "kaiming", "uniform")],
     "residual": [["M.residual_scaling=false"], ["M.residual_scaling=true"]],
-    "width": [["M.hidden_layer=16"], ["M.hidden_layer=24"]],
+    "width": [["model_configs.gpt.hidden_layer=16"], ["model_configs.gpt.hidden_layer=24"]],
     "title_mask": [["hyperparams.title_mask=false"], ["hyperparams.title_mask=true"]],
     "recompute": [["hyperparams.checkpoint_activations=false"], ["hyperparams.checkpoint_activations=true"]],
     "chunk": [["hyperparams.loss_chunk=0"], ["hyperparams.loss_chunk=16"]],
     "dropout": [["M.dropout=0"], ["M.dropout=0.1"]],
     "r_drop": [["hyperparams.r_drop=0"], ["hyperparams.r_drop=2"]],
 }
-COMMON = [f"hyperparams.context_length={T}", "M.d_model=16", "M.n_layer=2", "attn_configs.causal.n_head=4", "attn_configs.sparsek.n_head=4",
+COMMON = [f"hyperparams.context_length={T}", "M.d_model=16", "model_configs.gpt.n_layer=2",
+          "attn_configs.causal.n_head=4", "attn_configs.sparsek.n_head=4",
           "attn_configs.sparse.n_head=4", "attn_configs.sparse.local_attn_ctx=8", "attn_configs.sparse.sparseblocksize=4",
           "attn_configs.sparse.vertsize=2", "attn_configs.sparse.num_verts=2", "attn_configs.sparsek.k=3", "attn_configs.sparsek.window=4",
           "attn_configs.sparsek.chunk=8"]

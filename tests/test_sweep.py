@@ -598,7 +598,7 @@ def test_shipped_searches_read_and_start(name, monkeypatch):
     points = [p for p, _ in zip(grid_points(search), range(40), strict=False)] if search.method == "grid" else [
         random_point(search, i, 0) for i in range(10)]  # fmt: skip
     for point in points[:: max(1, len(points) // 4)]:
-        found = examine(base, [sw.override(k, v) for k, v in point.items()], memory=False)
+        found = examine(base, [sw.override(k, v) for k, v in point.items()], jobs=0)
         assert found == ("running", ""), (point, found)
 
 
@@ -612,7 +612,7 @@ def test_every_value_of_a_shipped_search_can_run(name, monkeypatch):
     points = [random_point(search, i, 1) for i in range(40)]
     points += [{**{e.key: e.values[0] for e in search.dimensions}, d.key: v} for d in search.dimensions for v in d.values]
     for point in points:
-        found = examine(base, [sw.override(k, v) for k, v in point.items()], memory=False)
+        found = examine(base, [sw.override(k, v) for k, v in point.items()], jobs=0)
         assert found == ("running", ""), (point, found)
 
 
