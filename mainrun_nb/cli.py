@@ -53,7 +53,10 @@ def for_people(prog: str) -> Iterator[None]:
 # %% ../nbs/20_cli.ipynb #02c26e34
 def read_arguments(func: Callable, positional: tuple[str, ...], argv: list[str]) -> tuple[list[Any], dict[str, Any]]:
     "The arguments for `func` in a command line: positional ones, and flags."
-    found = vars(anno_parser(func, pos=list(positional)).parse_intermixed_args(argv))
+    parser = anno_parser(func, pos=list(positional))
+    for action in parser._actions:
+        action.help = re.sub(r" \(default: (''|0\.0)\)$", "", action.help or "")  # empty: explained in words, or required
+    found = vars(parser.parse_intermixed_args(argv))
     flags = {k: v for k, v in found.items() if k not in ("pdb", "xtra")}
     rest = [p.name for p in signature(func).parameters.values() if p.kind is p.VAR_POSITIONAL]
     return [*(flags.pop(k) for k in positional), *(v for k in rest for v in flags.pop(k))], flags
@@ -109,10 +112,12 @@ def train_cli(
     resume: bool = False,  # go on with the run in the folder
     test: bool = False,  # a smoke test: few titles, three steps, no tracking
 ):
-    "Train one model; the last line printed is the result as JSON"
+    "Train one model; the last line printed is the result as JSON. mainrun-train --config sweeps/base/quickstart.yaml --out runs/first"
     from mainrun_nb.trainer import train
 
     needed(config=config, out=out)
+    if resume and not Path(out, "config.yaml").exists():
+        warnings.warn(f"{out}: there is no run yet, a new one begins", stacklevel=2)
     result = train(load_config(config, (*overrides, *(TEST_BUDGET if test else ()))), out, resume=resume)
     if os.environ.get("RANK", "0") == "0":  # of torchrun's processes the first one speaks
         print(f"\n{summary(result)}\n", file=sys.stderr)
@@ -241,7 +246,7 @@ def report_cli(
 def eda_cli(
     *overrides: str,  # settings, such as hyperparams.num_titles=1000
     config: str = "",  # configuration file (required)
-    out: str = "eda",  # folder for the table and the pictures
+    out: str = "runs/eda",  # folder for the table and the pictures
 ):
     "Analyse the titles of a configuration: one table and five pictures"
     from mainrun_nb.eda import explore, markdown
@@ -317,11 +322,11 @@ def without_keys(line: str) -> str:
 
 def python_processes(timeout: float = 10) -> str:
     "A table of the Python and W&B processes that this machine shows, the busiest first, at most 20."
-    out, problem = ask(["ps", "-eo", "pid=,etime=,pcpu=,rss=,args=", "--sort=-pcpu"], timeout)
+    out, problem = ask(["ps", "-eo", "pid=,etime=,pcpu=,rss=,args="], timeout)
     if problem:
         return f"Processes are not known: {problem}."
     lines = []
-    for pid, since, cpu, kib, command in (line.split(None, 4) for line in out.splitlines()):
+    for pid, since, cpu, kib, command in sorted((line.split(None, 4) for line in out.splitlines()), key=lambda row: -float(row[2])):
         if re.search("python|wandb", command[:200]) and int(pid) != os.getpid():
             lines.append(f"{pid},{since},{cpu} %,{int(kib) // 1024} MiB,{without_keys(command)[:90]}")
     heads = ["pid", "running for", "CPU", "memory", "command"]

@@ -282,7 +282,9 @@ def _check_names(node: dict, schema: DictConfig, where: str, path: str = "") -> 
             warnings.warn(f"{where}: '{key}' is read as '{path}{ALIASES[name]}'", stacklevel=2)
             name = ALIASES[name]
         if name is None or name not in schema:
-            raise InputError(f"{where}: unknown key '{key}'.{did_you_mean(str(name), map(str, schema))}")
+            homes = [f"{s}.{name}" for s in map(str, schema) if not path and name in (schema[s] or ())]
+            hint = f" Did you mean '{homes[0]}'?" if homes else did_you_mean(str(name), map(str, schema))
+            raise InputError(f"{where}: unknown key '{key}'.{hint}")
         inner = OmegaConf.is_dict(schema._get_node(name))
         if inner != isinstance(value, dict):
             raise InputError(f"{where}: '{key}' is a {'section' if inner else 'value'}, found {value!r}")

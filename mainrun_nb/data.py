@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -160,7 +161,8 @@ def read_titles(
 
 # %% ../nbs/02_data.ipynb #d36beb20
 HUB_NAME = "julien040/hacker-news-posts"
-OFFLINE = "sources that work offline: synthetic, or a path to a .txt, .csv, .jsonl or .parquet file (plain or .gz) or to a folder of them"
+OFFLINE = ("sources that work offline: synthetic, or the path, perhaps in HN_TITLES, of a .txt, .csv, .jsonl or .parquet file (plain or "
+           ".gz) or of a folder of them")
 
 
 def _hub_silence(revision: str, timeout: float = 5.0) -> str:
@@ -252,7 +254,8 @@ def _open_source(cfg: Config) -> tuple[Any, str]:
     if not path.exists():
         hint = did_you_mean(source, ["hackernews", "synthetic"])
         hint = hint if "mean" in hint else " Allowed: hackernews, synthetic, or the path of a file or folder."
-        raise InputError(f"data.source: '{source}' does not exist.{hint}")
+        named = " (named by HN_TITLES)" if source == os.environ.get("HN_TITLES") else ""
+        raise InputError(f"data.source: '{source}'{named} does not exist.{hint}")
     return read_titles(path, cfg.data.column), source
 
 # %% ../nbs/02_data.ipynb #7fa39d22

@@ -320,6 +320,8 @@ def examine(
         return "skipped", str(e)
     except InputError as e:
         return "invalid", str(e)
+    except Interrupted:
+        raise
     except Exception:  # ours to mend: let the trial crash on its own, on record, and the sweep go on
         return "running", ""
     return "running", ""

@@ -176,7 +176,7 @@ def check_folder(run_dir: Path, cfg: Config, resume: bool) -> bool:  # whether t
         raise InputError(f"{run_dir}: already holds a run; continue it with --resume or choose another --out")
     if differ := differences(load_config(run_dir / "config.yaml"), cfg):
         more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
-        raise InputError(f"{run_dir}: holds a run with another configuration: {', '.join(differ[:3])}{more}; resume with the same one")
+        raise InputError(f"{run_dir}: holds a run with another configuration: {', '.join(differ[:3])}{more}; resume with its config.yaml")
     return True
 
 # %% ../nbs/17_trainer.ipynb #ac3d767f

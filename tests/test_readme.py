@@ -17,6 +17,7 @@ ELSEWHERE = {
     "make test": "this is it",
     "make lab": "tests/test_lab.py opens it in a browser",
     "make quickstart": "has a test of its own below",
+    'pip install -c constraints.txt -e ".[plotly]"': "the development environment has it",
 }
 
 
@@ -49,7 +50,7 @@ def runnable() -> list[str]:
 
 def test_every_command_is_known():
     for line in commands():
-        known = re.match(r"(make \w+|mainrun-[a-z]+|papermill|source \.venv/bin/activate|export \w+=\S+)(\s|$)", line)
+        known = re.match(r"(make \w+|mainrun-[a-z]+|papermill|torchrun|pip install|source \.venv/bin/activate|export \w+=\S+)(\s|$)", line)
         assert known, f"no test knows how to run: {line}"
         script = known[1] if known[1].startswith("mainrun-") else None
         assert script is None or f"    {script} = " in (ROOT / "settings.ini").read_text(), f"{script} is no console script"

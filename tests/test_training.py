@@ -63,6 +63,31 @@ def assert_same_run(a, b):
     assert {k: v for k, v in first.items() if k not in TIMES} == {k: v for k, v in second.items() if k not in TIMES}
 
 
+@pytest.mark.parametrize(("wrong", "says"), [
+    ("hyperparams.optimizer=adamv", "Did you mean"), ("hyperparams.scheduler=cosin", "Did you mean"),
+    ("hyperparams.model_architecture=gtp", "Did you mean"), ("model_configs.gpt.attention_layer=casual", "Did you mean"),
+    ("attn_configs.causal.n_head=3", "3 heads do not divide")])
+def test_what_cannot_be_is_refused_before_a_title_is_read(tmp_path, monkeypatch, wrong, says):
+    monkeypatch.setattr(trainer, "load_titles", lambda cfg: pytest.fail("titles were read"))
+    with pytest.raises(InputError, match=says):
+        quick(tiny(wrong), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_tokenizer_sees_validation_titles_whose_floor_is_known(tmp_path):
+    data = trainer.prepare_data(tiny("tokenizer.kind=challenge"))
+    assert data.tokenizer.meta["trained_on"] == "train"
+    (tmp_path / "titles.txt").write_text("\n".join(f"a title about {i}" for i in range(300)))
+    data = trainer.prepare_data(tiny("tokenizer.kind=challenge", f"data.source={tmp_path / 'titles.txt'}", "hyperparams.num_titles=200"))
+    assert data.tokenizer.meta["trained_on"] == "train+validation"
+
+
+def test_a_copy_of_the_log_that_cannot_be_written_leaves_nothing(tmp_path):
+    with pytest.raises(InputError, match="log_file"):
+        quick(tiny(f"hyperparams.log_file={tmp_path}"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run that nothing happened to."""
