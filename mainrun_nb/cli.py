@@ -112,7 +112,7 @@ def train_cli(
     resume: bool = False,  # go on with the run in the folder
     test: bool = False,  # a smoke test: few titles, three steps, no tracking
 ):
-    "Train one model; the last line printed is the result as JSON. mainrun-train --config sweeps/base/quickstart.yaml --out runs/first"
+    "Train one model, as mainrun-train --config F.yaml --out FOLDER hyperparams.lr=0.01; the last line printed is the result as JSON"
     from mainrun_nb.trainer import train
 
     needed(config=config, out=out)
