@@ -41,9 +41,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 import mainrun_nb
-from mainrun_nb.checkpoint import (
-    Checkpoint, atomic_write, list_checkpoints, load_checkpoint, remove_later, rng_state, run_lock, save_checkpoint, set_rng_state,
-    sweep_scratch)
+from .checkpoint import Checkpoint, atomic_write, list_checkpoints, load_checkpoint, remove_later, rng_state, run_lock
+from .checkpoint import save_checkpoint, set_rng_state, sweep_scratch
 from .config import Config, Hyperparams, InputError, RunError, flatten, load_config, save_config
 from .data import fingerprint, get_batch, joined_chars, load_titles, ngram_losses, split_titles, steps_per_epoch, token_stream
 from .evaluate import validation_metrics

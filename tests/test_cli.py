@@ -42,6 +42,7 @@ def refuse(capsys, *overrides, config=QUICK, out="run"):
     ("hyperparam.batch_size=64", "Did you mean 'hyperparams'"),
     ("hyperparams.batch_size=many", "must be of type int, found 'many'"),
     ("hyperparams.batch_size=0", "above 0"),
+    ("hyperparams.context_length=-1", "2 or more"),
     ("hyperparams.context_length=1", "2 or more"),
     ("hyperparams.val_frac=0", "between 0 and 1"),
     ("hyperparams.val_frac=1", "between 0 and 1"),

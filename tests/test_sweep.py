@@ -279,7 +279,8 @@ def test_a_batch_too_large_for_the_challenges_loss_fails_alone(tmp_path, base, p
 
 def test_a_sweep_without_a_complete_trial_has_failed(tmp_path, base, pretend):
     search = search_of(tmp_path, "method: grid\nparameters: {attn_configs.causal.n_head: {values: [3, 5]}}")
-    with pytest.raises(RunError, match=r"no trial is complete \(2 invalid\); trial 0: .*attn_configs.causal: n_head: 3 heads"):
+    why = "model_configs.gpt with attn_configs.causal: n_head: 3 heads"
+    with pytest.raises(RunError, match=rf"no trial is complete \(2 invalid\); trial 0: {why}"):
         pretend(search, base, tmp_path / "out")
     assert len((tmp_path / "out" / "leaderboard.csv").read_text().splitlines()) == 3
 
