@@ -235,7 +235,7 @@ def memory_budget(cfg: Config, device: str = "cpu") -> int:  # bytes
     return machine_memory()
 
 # %% ../nbs/12_memory.ipynb #7e56a2cc
-HOPELESS = 100  # formulas this many times over the budget need no simulation to be refused
+HOPELESS = 40  # formulas this many times over the budget need no simulation to be refused: what the formulas ignore saves less
 
 
 def fits(
