@@ -1,4 +1,4 @@
-"""Studies on real titles, run after run, into the ledger sweeps/results.csv, which chapter 21 reads.
+"""Studies on real titles, run after run, into the ledger sweeps/results.csv, which chapter 35 reads.
 
     HN_TITLES=titles.txt.gz python benchmarks/recipes.py control             what the ledger lacks of one study
     HN_TITLES=titles.txt.gz python benchmarks/recipes.py control --dry       only show the commands

@@ -1,4 +1,4 @@
-"""Two small studies behind chapter 19, on one core: loss against model size and data, and steps against batch size.
+"""Two small studies behind chapter 33, on one core: loss against model size and data, and steps against batch size.
 
     HN_TITLES=titles.txt.gz python benchmarks/scaling.py runs      -> benchmarks/results/scaling.csv
     HN_TITLES=titles.txt.gz python benchmarks/scaling.py batches   -> benchmarks/results/batches.csv

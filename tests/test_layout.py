@@ -17,7 +17,7 @@ PACKAGE = ROOT / "mainrun_nb"
 CHAPTERS = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb")) + sorted((ROOT / "sweeps").glob("*.ipynb"))
 HEAVY = {"wandb", "datasets", "optuna", "ray", "trackio", "transformers", "matplotlib", "plotly"}
-MORE_FIGURES = {"03_eda": 8, "21_results": 8}  # all others: 4
+MORE_FIGURES = {"04_eda": 8, "35_results": 8}  # all others: 4
 
 
 def cells(path: Path, kind: str | None = None) -> list[dict]:

@@ -383,7 +383,7 @@ def test_state_goes_round_bitwise(name, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_can_be_simulated(name):
-    """Chapter 12 runs it on tensors without values."""
+    """Chapter 22 runs it on tensors without values."""
     with FakeTensorMode():
         model, optimizer, hp = setup(optimizer=name, grad_accum=2, amp_bool=True, r_drop=1.0)
         ema = EMA(model, 0.9)
