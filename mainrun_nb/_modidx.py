@@ -101,6 +101,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'mainrun_nb.config._merge': ('config.html#_merge', 'mainrun_nb/config.py'),
                                    'mainrun_nb.config._read_override': ('config.html#_read_override', 'mainrun_nb/config.py'),
                                    'mainrun_nb.config._schema': ('config.html#_schema', 'mainrun_nb/config.py'),
+                                   'mainrun_nb.config._type_of': ('config.html#_type_of', 'mainrun_nb/config.py'),
                                    'mainrun_nb.config.at_least': ('config.html#at_least', 'mainrun_nb/config.py'),
                                    'mainrun_nb.config.between': ('config.html#between', 'mainrun_nb/config.py'),
                                    'mainrun_nb.config.check_name': ('config.html#check_name', 'mainrun_nb/config.py'),

@@ -16,7 +16,8 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -65,7 +66,7 @@ def fraction(default: float) -> Any:
     "A field strictly between 0 and 1."
     return _checked(default, lambda v: 0 < v < 1, "between 0 and 1, both excluded")
 
-
+# %% ../nbs/00_config.ipynb #fe619e55
 def optional_positive() -> Any:
     "A field above zero, or null, its default."
     return _checked(None, lambda v: v is None or v > 0, "above 0, or null")
@@ -105,7 +106,7 @@ def check_name(name: str, known: Iterable[str], where: str) -> str:
     near = difflib.get_close_matches(str(name).lower(), known, n=1)
     raise InputError(f"{where}: must be one of {', '.join(known)}, found {name!r}" + (f". Did you mean '{near[0]}'?" if near else ""))
 
-
+# %% ../nbs/00_config.ipynb #4fde0738
 def one_of(*names: str) -> Any:
     "A field with a fixed set of names; the first is the default."
     return field(default=names[0], metadata={"names": lambda: names})
@@ -320,13 +321,19 @@ def _check_names(node: dict, schema: DictConfig, where: str, path: str = "") -> 
             homes = [f"{s}.{name}" for s in map(str, schema) if not path and name in (schema[s] or ())]
             hint = f" Did you mean '{homes[0]}'?" if homes else did_you_mean(str(name), map(str, schema))
             raise InputError(f"{where}: unknown key '{key}'.{hint}")
-        inner = OmegaConf.is_dict(schema._get_node(name))
+        inner = OmegaConf.is_dict(schema[name])
         if inner != isinstance(value, dict):
             raise InputError(f"{where}: '{key}' is a {'section' if inner else 'value'}, found {value!r}")
         out[name] = _check_names(value, schema[name], where, f"{key}.") if inner else value
     return out
 
 # %% ../nbs/00_config.ipynb #f08f05cd
+def _type_of(section: DictConfig, name: str) -> Any:
+    "The declared type of a setting, without the `None` of an optional one."
+    declared = get_type_hints(OmegaConf.get_type(section))[name]
+    return next(t for t in get_args(declared) if t is not NoneType) if isinstance(declared, UnionType) else declared
+
+
 def _merge(conf: DictConfig, node: dict, where: str, path: str = "") -> None:
     "Set the values of `node` in `conf`, one by one, so that an error can name its key."
     for name, value in node.items():
@@ -334,13 +341,13 @@ def _merge(conf: DictConfig, node: dict, where: str, path: str = "") -> None:
         if isinstance(value, dict):
             _merge(conf[name], value, where, f"{key}.")
             continue
-        wanted = conf._get_node(name)._metadata.ref_type  # type: ignore[union-attr]
+        wanted = _type_of(conf, name)
         try:
             if isinstance(value, bool) != (wanted is bool) and isinstance(value, int | float):
                 raise ValidationError
             OmegaConf.update(conf, name, value, merge=False)
         except OmegaConfBaseException:
-            expected = getattr(wanted, "__name__", None) or str(wanted).replace("typing.", "")
+            expected = str(wanted) if get_args(wanted) else wanted.__name__
             raise InputError(f"{where}: '{key}' must be of type {expected}, found {value!r}") from None
 
 # %% ../nbs/00_config.ipynb #b1b6865c
