@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from . import moved
 from .config import Config, InputError
 from .data import joined_chars, load_titles, split_titles
 
@@ -397,6 +398,4 @@ def explore(
     return result
 
 # %% ../nbs/04_eda.ipynb #433a257f
-from mainrun_nb import moved
-
 __getattr__ = moved("eda")
