@@ -26,7 +26,8 @@ ANALYSIS = ("titles", "tokens", "pictures")  # the stages that are the analysis 
 
 def measure(n: int) -> dict:
     "Seconds of each stage and the peak memory, for `n` titles, in this process."
-    from mainrun_nb.eda import explore_titles, explore_tokens, markdown, save_pictures
+    from mainrun_nb.eda import explore_titles, explore_tokens, join_parts, markdown, save_pictures
+    from mainrun_nb.overlap import explore_overlap
     from mainrun_nb.synthetic import sample_titles
     from mainrun_nb.tokenizer import train_tokenizer
 
@@ -48,19 +49,19 @@ def measure(n: int) -> dict:
     train, val = titles[:cut], titles[cut:]
     tokenizer = train_tokenizer(train[:100_000], kind="bpe", vocab_size=16_000)
     done("tokenizer")
-    rows, pictures = explore_titles(train, val)
+    parts = [explore_titles(train, val), explore_overlap(train, val)]
     done("titles")
-    more, panels = explore_tokens(train, val, tokenizer)
+    rows, pictures = join_parts([*parts, explore_tokens(train, val, tokenizer)])
     done("tokens")
     with tempfile.TemporaryDirectory() as tmp:
-        save_pictures(Path(tmp), {name: pictures.get(name, []) + panels.get(name, []) for name in pictures | panels})
+        save_pictures(Path(tmp), pictures)
     done("pictures")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     measured = rows["titles measured against each training title"]["validation"]
     return dict(titles=n, cpu_seconds=cpu, wall_seconds=wall, analysis_cpu_seconds=round(sum(cpu[k] for k in ANALYSIS), 2),
                 analysis_wall_seconds=round(sum(wall[k] for k in ANALYSIS), 2),
                 memory_mib=dict(imports=idle // 1024, with_titles=loaded // 1024, peak=peak // 1024),
-                overlap_measured_on=measured, rows=len(rows | more), table_bytes=len(markdown(rows | more)))
+                overlap_measured_on=measured, rows=len(rows), table_bytes=len(markdown(rows)))
 
 
 def main() -> None:

@@ -3,6 +3,8 @@ __version__ = "0.2.0"
 
 # Names of version 0.1 that have moved to a later chapter: old module -> name -> where it is now. Scripts that import them still run.
 MOVED = {
+    "eda": dict.fromkeys(("plain_words", "duplicates", "ngrams", "overlap_plain", "RunIndex", "Overlap", "overlap", "overlap_rows",
+                          "plot_overlap", "leak_rows"), "overlap"),
     "models": dict.fromkeys(("export_gpt2", "import_gpt2", "hf_tokenizer"), "hub"),
     "sweep": dict.fromkeys(("make_report", "write_html", "importance"), "report"),
 }

@@ -250,11 +250,13 @@ def eda_cli(
 ):
     "Analyse the titles of a configuration: one table and five pictures"
     from mainrun_nb.eda import explore, markdown
+    from mainrun_nb.overlap import explore_overlap
     from mainrun_nb.tokenizer import train_tokenizer
 
     needed(config=config)
     cfg = load_config(config, overrides)
-    found = explore(cfg, out, lambda train, val: train_tokenizer(train, val, cfg.tokenizer.kind, cfg.hyperparams.vocab_size))
+    kind, size = cfg.tokenizer.kind, cfg.hyperparams.vocab_size
+    found = explore(cfg, out, lambda train, val: train_tokenizer(train, val, kind, size), more=[explore_overlap])
     print(markdown(found["rows"]))
     print(f"written to {out}: {', '.join(found['files'])}")
 

@@ -1,4 +1,4 @@
-"Sources of titles beyond the chapter's own asserts: files large and broken, folders, the hub's cache, the known split."
+"Sources and data beyond the chapters' own asserts: files large and broken, folders, the hub's cache, the known split."
 
 import csv
 import gzip
@@ -15,19 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from mainrun_nb import data
+from mainrun_nb import data, sources
 from mainrun_nb.config import InputError, load_config
-from mainrun_nb.data import (
-    draw,
-    fingerprint,
-    get_batch,
-    joined_chars,
-    load_titles,
-    ngram_losses,
-    read_titles,
-    split_titles,
-    steps_per_epoch,
-)
+from mainrun_nb.data import fingerprint, get_batch, joined_chars, ngram_losses, split_titles, steps_per_epoch
+from mainrun_nb.sources import HUB_NAME, draw, load_titles, read_titles
 
 PIN = load_config().data.revision
 
@@ -214,10 +205,10 @@ def fill_cache(cache, revision, titles):
     from datasets import Dataset, Features, Value
     from datasets.arrow_writer import ArrowWriter
 
-    home = cache / data.HUB_NAME.replace("/", "___") / "default" / "0.0.0" / revision
+    home = cache / HUB_NAME.replace("/", "___") / "default" / "0.0.0" / revision
     home.mkdir(parents=True)
     features = Features({"title": Value("string")})
-    name = data.HUB_NAME.split("/")[1]
+    name = HUB_NAME.split("/")[1]
     with ArrowWriter(features=features, path=str(home / f"{name}-train.arrow")) as writer:
         for t in titles:
             writer.write({"title": t})
@@ -233,7 +224,7 @@ def fill_cache(cache, revision, titles):
 def test_offline_reads_the_cache_but_only_the_pinned_revision(hub_cache, titles, monkeypatch):
     import datasets
 
-    monkeypatch.setattr(data, "_hub_silence", lambda revision: "ConnectError")
+    monkeypatch.setattr(sources, "hub_silence", lambda revision: "ConnectError")
     before = datasets.config.HF_HUB_OFFLINE
     fill_cache(hub_cache, PIN, titles)
     assert load_titles(config("hackernews", 50)) == [titles[i] for i in draw(300, 50, 1337)]
@@ -243,7 +234,7 @@ def test_offline_reads_the_cache_but_only_the_pinned_revision(hub_cache, titles,
 
 
 def test_unreachable_hub_names_the_offline_sources(hub_cache, monkeypatch):
-    monkeypatch.setattr(data, "_hub_silence", lambda revision: "ConnectError")
+    monkeypatch.setattr(sources, "hub_silence", lambda revision: "ConnectError")
     text = refusal(load_titles, config("hackernews"))
     assert "cannot be reached" in text and "synthetic" in text and ".txt" in text
 
@@ -258,7 +249,7 @@ def test_hub_is_asked_for_the_pinned_revision(monkeypatch):
         return datasets.Dataset.from_dict({"title": [f" {i} " for i in range(100)]})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(data, "_hub_silence", lambda revision: "")
+    monkeypatch.setattr(sources, "hub_silence", lambda revision: "")
     assert load_titles(config("hackernews", 10)) == [str(i) for i in draw(100, 10, 1337)]
     assert asked == [(("julien040/hacker-news-posts",), dict(revision=PIN, split="train"), datasets.config.HF_HUB_OFFLINE)]
 
@@ -277,10 +268,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         entries = [dict(type="file", path=p, size=len(raw), oid=hashlib.sha1(raw).hexdigest()) for p, raw in self.files.items()]
         folder = dict(type="directory", path="data", size=0, oid="0" * 40)
-        api, found = f"/api/datasets/{data.HUB_NAME}", None
+        api, found = f"/api/datasets/{HUB_NAME}", None
         match self.path.split("?")[0].removeprefix(api), self.path.split("?")[0].split(f"{PIN}/", 1)[-1]:
             case f, _ if f == f"/revision/{PIN}":
-                found = dict(_id="0", id=data.HUB_NAME, sha=PIN, private=False, tags=[], siblings=[dict(rfilename=p) for p in self.files])
+                found = dict(_id="0", id=HUB_NAME, sha=PIN, private=False, tags=[], siblings=[dict(rfilename=p) for p in self.files])
             case f, _ if f == f"/tree/{PIN}":
                 found = [folder, entries[0]]
             case f, _ if f == f"/tree/{PIN}/data":
@@ -333,6 +324,10 @@ def test_the_real_loader_against_a_small_hub(tmp_path):
 def test_missing_package_is_one_line(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     assert "pip install datasets" in refusal(load_titles, config("hackernews"))
+
+
+def test_scripts_import_both_readers_from_data():
+    assert data.load_titles is load_titles and data.read_titles is read_titles
 
 
 # --- stream, batches, references -------------------------------------------------------------------------------------------

@@ -9,31 +9,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mainrun_nb import eda
 from mainrun_nb.config import InputError, load_config
 from mainrun_nb.data import joined_chars, load_titles, split_titles
-from mainrun_nb.eda import (
-    RunIndex,
-    by_script,
-    count_tokens,
-    describe,
-    duplicates,
-    explore,
-    markdown,
-    openings,
-    overlap,
-    overlap_plain,
-    post,
-    script_rows,
-    title_script,
-    token_rows,
-    zipf_fit,
-)
+from mainrun_nb.eda import by_script, count_tokens, describe, markdown, openings, script_rows, title_script, token_rows, zipf_fit
+from mainrun_nb.overlap import RunIndex, duplicates, explore_overlap, overlap, overlap_plain
 from mainrun_nb.synthetic import sample_titles
 from mainrun_nb.tokenizer import train_tokenizer
 
 
 def synthetic(n: int):
     return load_config(overrides=["data.source=synthetic", f"hyperparams.num_titles={n}"])
+
+
+def explore(cfg, out, make_tokenizer=None):
+    "All that `mainrun-eda` does."
+    return eda.explore(cfg, out, make_tokenizer, more=[explore_overlap])
 
 
 def bpe(train, val):
@@ -118,7 +109,7 @@ def test_overlap_is_its_definition(n, seed):
 def test_postings_do_not_depend_on_the_pieces():
     train, val = sample_titles(400, seed=5), sample_titles(60, seed=6)
     index = RunIndex(val)
-    whole, pieces = post(train, index), post(train, index, piece=33)
+    whole, pieces = index.postings(train), index.postings(train, piece=33)
     assert all(np.array_equal(a, b) for a, b in zip(whole, pieces, strict=True))
 
 
@@ -161,6 +152,14 @@ def test_explore_works_on_next_to_nothing(tmp_path, n):
     found = explore(synthetic(n), tmp_path, bpe)
     assert found["rows"]["titles"]["combined"] == n
     assert ("validation" in found["rows"]["titles"]) == (n > 1)
+
+
+def test_overlap_is_a_part_of_its_own_and_its_names_are_still_found_in_eda(tmp_path):
+    found = eda.explore(synthetic(50), tmp_path)
+    assert not any("3-gram" in name for name in found["rows"]) and "overlap.png" not in found["files"]
+    assert eda.RunIndex is RunIndex and eda.overlap is overlap
+    with pytest.raises(AttributeError, match="no attribute 'overlaps'"):
+        eda.overlaps  # noqa: B018
 
 
 def test_explore_without_a_tokenizer_has_no_token_rows(tmp_path):

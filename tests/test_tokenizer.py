@@ -145,7 +145,7 @@ def test_validation_titles_are_seen_by_the_challenge_only() -> None:
 
 def test_the_same_titles_give_the_same_file_on_any_number_of_threads(tmp_path) -> None:
     code = (
-        "from mainrun_nb.synthetic import sample_titles; from mainrun_nb.tokenizer import *; import sys\n"
+        "from mainrun_nb.synthetic import sample_titles; from mainrun_nb.tokenizer import KINDS, train_tokenizer; import sys\n"
         "for kind in KINDS: train_tokenizer(sample_titles(2_000, 0), (), kind, 900).save(f'{sys.argv[1]}/{kind}')"
     )
     for threads in "12":
