@@ -388,7 +388,8 @@ def check_values(section: Any, path: str = "") -> None:
             check_values(value, f"{key}.")
         elif "names" in f.metadata:
             known = f.metadata["names"]()
-            setattr(section, f.name, [check_name(v, known, key) for v in value] if isinstance(value, list) else check_name(value, known, key))
+            own = [check_name(v, known, key) for v in value] if isinstance(value, list) else check_name(value, known, key)
+            setattr(section, f.name, own)
         elif isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{key}: must be a finite number, found {value}")
         elif "check" in f.metadata and not f.metadata["check"](value):
