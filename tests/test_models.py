@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from mainrun_nb.config import Config, InputError, load_config
-from mainrun_nb.gpt import GPT, linear_cross_entropy, loss_sum, parameter_formula, parameter_table
-from mainrun_nb.models import build_model, count_parameters, export_gpt2, hf_tokenizer, import_gpt2
+from mainrun_nb.gpt import GPT, parameter_formula, parameter_table
+from mainrun_nb.hub import export_gpt2, hf_tokenizer, import_gpt2
+from mainrun_nb.loss import linear_cross_entropy, loss_sum
+from mainrun_nb.models import build_model, count_parameters
 from mainrun_nb.synthetic import sample_titles
 from mainrun_nb.tokenizer import load_tokenizer, train_tokenizer
 
@@ -314,7 +316,7 @@ def test_the_rest_of_the_model_compiles_in_one_piece(title_mask):
         graphs.append([node.target for node in graph.graph.nodes])
         return graph
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(model, backend=backend)
     for r_drop in (0.0, 2.0):
         for a, b in zip(step(compiled, idx, r_drop), step(model, idx, r_drop), strict=True):
