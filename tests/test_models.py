@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mainrun_nb import hub, models
 from mainrun_nb.config import Config, InputError, load_config
 from mainrun_nb.gpt import GPT, parameter_formula, parameter_table
 from mainrun_nb.hub import export_gpt2, hf_tokenizer, import_gpt2
@@ -226,8 +227,9 @@ def value_and_gradients(hidden, weight, targets, chunk, r_drop=0.0):
 @pytest.mark.parametrize("chunk", [1, 7, 100, 101, 500])
 def test_chunks_change_nothing(chunk, passes, r_drop):
     case = loss_case(passes=passes)
-    for fast, plain in zip(*[torch.utils._pytree.tree_leaves(value_and_gradients(*case, c, r_drop)) for c in (chunk, 0)], strict=True):
-        torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-6)
+    fast, plain = (value_and_gradients(*case, c, r_drop) for c in (chunk, 0))
+    for a, b in zip((fast[0], *fast[1]), (plain[0], *plain[1]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("passes", [1, 2])
@@ -338,6 +340,13 @@ def test_distributed_training_gets_the_same_gradients(tmp_path):
 
 
 # --- interchange with GPT-2 ---
+
+
+def test_scripts_still_import_the_interchange_from_where_it_was():
+    for name in ("export_gpt2", "import_gpt2", "hf_tokenizer"):
+        assert getattr(models, name) is getattr(hub, name)
+    with pytest.raises(AttributeError, match="no attribute 'export_gpt3'"):
+        _ = models.export_gpt3
 
 
 @pytest.fixture(scope="module")
