@@ -315,7 +315,7 @@ def test_the_rest_of_the_model_compiles_in_one_piece(title_mask):
     graphs = []
 
     def backend(graph, inputs):  # tracing is what may fail; what a real backend makes of the graphs is not ours to test
-        parts = [m for m in graph.modules() if isinstance(m, torch.fx.GraphModule)]  # an autograd function's passes are graphs inside the graph
+        parts = [m for m in graph.modules() if isinstance(m, torch.fx.GraphModule)]  # a Function's passes are graphs inside
         graphs.append([node.target for part in parts for node in part.graph.nodes])
         return graph
 
