@@ -46,7 +46,7 @@ def refuse_for_gpt2(model: GPT) -> None:
 
 # %% ../nbs/28_hub.ipynb #551ab608
 _GPT2_NAMES = {
-    "embed.tokens": "transformer.wte", "embed.positions": "transformer.wpe", "blocks": "transformer.h", "norm": "transformer.ln_f",
+    "embed.tokens": "transformer.wte", "embed.positions": "transformer.wpe", "norm": "transformer.ln_f",
     "attn.norm": "ln_1", "attn.inner.qkv": "attn.c_attn", "attn.inner.out": "attn.c_proj",
     "mlp.norm": "ln_2", "mlp.inner.up": "mlp.c_fc", "mlp.inner.out": "mlp.c_proj", "head": "lm_head",
 }
