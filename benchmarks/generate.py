@@ -13,7 +13,8 @@ import torch
 
 from mainrun_nb.config import load_config
 from mainrun_nb.generate import stream_ids
-from mainrun_nb.models import build_model, export_gpt2
+from mainrun_nb.hub import export_gpt2
+from mainrun_nb.models import build_model
 from mainrun_nb.synthetic import sample_titles
 from mainrun_nb.tokenizer import train_tokenizer
 
@@ -34,7 +35,7 @@ class Endless:
 
 def with_cache(model, n: int) -> torch.Tensor:
     """Greedy tokens through `stream_ids`: (n, TOKENS)."""
-    return torch.stack(list(stream_ids(Endless(model), [1], n, TOKENS, temperature=0)), 1)
+    return torch.stack(list(stream_ids(Endless(model), [1], n, max_tokens=TOKENS, temperature=0)), 1)
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mainrun_nb.gpt import linear_cross_entropy
+from mainrun_nb.loss import linear_cross_entropy
 
 RESULTS = Path(__file__).parent / "results"
 BUDGET = {"memory": 0.25, "float32": 1.1, "bf16": 1.0}  # at most, as ratios to the plain loss

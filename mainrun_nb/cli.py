@@ -180,7 +180,7 @@ def generate_cli(
     "Write titles with a trained model, one a line"
     from mainrun_nb.generate import generate
 
-    print("\n".join(generate(run_dir, prompt, n, temperature, topk, topp, seed, which)))
+    print("\n".join(generate(run_dir, prompt, n, which, temperature=temperature, topk=topk, topp=topp, seed=seed)))
 
 # %% ../nbs/34_cli.ipynb #ef1b46ad
 @command()
