@@ -4,7 +4,8 @@ __version__ = "0.2.0"
 # Names of version 0.1 that have moved to a later chapter: old module -> name -> where it is now. Scripts that import them still run.
 MOVED = {
     "models": dict.fromkeys(("export_gpt2", "import_gpt2", "hf_tokenizer"), "hub"),
-    "sweep": dict.fromkeys(("make_report", "write_html", "importance"), "report"),
+    "sweep": dict.fromkeys(("make_report", "write_html", "board_html", "axis_of", "importance", "plot_overview", "plot_settings",
+                            "plot_parallel", "promote", "recipe"), "report"),
 }
 
 
