@@ -327,6 +327,21 @@ def test_a_resumed_sweep_must_be_the_same_and_may_grow(tmp_path, base, pretend):
     assert len(pretend(search, base, tmp_path / "out", trials=4, resume=True).trials) == 4
 
 
+def test_a_sweep_of_an_earlier_version_goes_on(tmp_path, base, pretend):
+    """When it was written, a setting was not there yet, and names were kept in the case in which they were given."""
+    search, out = search_of(tmp_path, f"method: grid\n{LRS}"), tmp_path / "out"
+    pretend(search, base, out, trials=2)
+    record = json.loads((out / "sweep.json").read_text())
+    record["configuration"]["hyperparams.optimizer"] = "AdamW"
+    del record["configuration"]["hyperparams.amp_bool"]
+    (out / "sweep.json").write_text(json.dumps(record))
+    kept = yaml.safe_load((out / "base.yaml").read_text())
+    kept["hyperparams"]["optimizer"] = "AdamW"
+    del kept["hyperparams"]["amp_bool"]
+    (out / "base.yaml").write_text(yaml.safe_dump(kept))
+    assert len(pretend(search, base, out, trials=3, resume=True).trials) == 3
+
+
 def test_damaged_folders_say_so_in_one_line(tmp_path, base, pretend):
     search, out = search_of(tmp_path, f"method: grid\n{LRS}"), tmp_path / "out"
     pretend(search, base, out, trials=2)
