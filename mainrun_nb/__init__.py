@@ -6,7 +6,8 @@ MOVED = {
     "eda": dict.fromkeys(("plain_words", "duplicates", "ngrams", "overlap_plain", "RunIndex", "Overlap", "overlap", "overlap_rows",
                           "plot_overlap", "leak_rows"), "overlap"),
     "models": dict.fromkeys(("export_gpt2", "import_gpt2", "hf_tokenizer"), "hub"),
-    "sweep": dict.fromkeys(("make_report", "write_html", "importance"), "report"),
+    "sweep": dict.fromkeys(("make_report", "write_html", "board_html", "axis_of", "importance", "plot_overview", "plot_settings",
+                            "plot_parallel", "promote", "recipe"), "report"),
 }
 
 

@@ -3,11 +3,13 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from mainrun_nb import sweep as sw
-from mainrun_nb.config import InputError, load_config
-from mainrun_nb.sweep import Leaderboard, Trial, make_report, read_board, write_html
+from mainrun_nb import report
+from mainrun_nb.config import InputError, tiny
+from mainrun_nb.report import importance, make_report, write_html
+from mainrun_nb.search import Leaderboard, Trial, read_board
 
 SETTINGS = ("hyperparams.lr", "hyperparams.optimizer", "model_configs.gpt.n_layer")
 
@@ -15,7 +17,7 @@ SETTINGS = ("hyperparams.lr", "hyperparams.optimizer", "model_configs.gpt.n_laye
 def made_up(number: int) -> Trial:
     """A trial with a loss that depends on its learning rate alone."""
     lr = 10 ** (-4 + number / 10)
-    loss = 1.5 + abs(lr - 3e-3) * 30
+    loss = 1.5 + 0.1 * np.log10(lr / 1e-3) ** 2
     params = dict(zip(SETTINGS, (lr, ["adamw", "adagrad"][number % 2], 1 + number % 3), strict=True))
     return Trial(number, params, "complete", loss, seconds=5.0 + number, evaluations=[3.0, loss],
                  metrics={"val/loss": loss, "val/coverage": 0.875, "val/challenge_loss": loss * 0.875})
@@ -45,16 +47,45 @@ def test_the_page_has_what_it_should(folder):
 
 
 def test_the_learning_rate_is_what_matters(folder):
-    shares = sw.importance(read_board(folder))
-    assert next(iter(shares)) == "hyperparams.lr" and shares["hyperparams.lr"] > 0.6
+    shares = importance(read_board(folder))
+    assert list(shares) == ["hyperparams.lr"] and shares["hyperparams.lr"] > 0.6
+
+
+def planted(n: int, seed: int, others: int, effect: float, noise: float) -> Leaderboard:
+    """Random trials with a valley over the learning rate's logarithm, noise, and other settings that do nothing."""
+    rng, trials = np.random.default_rng([seed, n]), []
+    for number in range(n):
+        lr = 10 ** rng.uniform(-4, -1)
+        idle = {"optimizer": ["adamw", "adagrad", "sgd"][rng.integers(3)], "n_layer": int(rng.integers(1, 5)),
+                "decay": float(rng.uniform(0, 0.2)), "shuffle": bool(rng.integers(2))}
+        loss = 1.5 + effect * (np.log10(lr) + 2.5) ** 2 + noise * rng.normal()
+        trials.append(Trial(number, {"lr": lr, **dict(list(idle.items())[:others])}, "complete", float(loss)))
+    return Leaderboard(trials)
+
+
+@pytest.mark.parametrize("others", [2, 3, 4])
+@pytest.mark.parametrize("n", [12, 16, 20])
+def test_importance_names_what_was_planted_and_nothing_in_noise(n, others):
+    named = [next(iter(importance(planted(n, seed, others, 0.3, 0.08))), None) for seed in range(20)]
+    assert named.count("lr") >= 19, named
+    assert sum(not importance(planted(n, seed, others, 0.0, 0.08)) for seed in range(20)) >= 16
+    assert not importance(Leaderboard(planted(n, 0, others, 0.3, 0.0).trials[:11])), "too few trials to say anything"
+
+
+def test_importance_is_leave_one_out():
+    """Against leaving each trial out by hand; a value that only one trial has is predicted by the mean of the others."""
+    y = np.array([1.0, 2.0, 4.0, 3.0, 7.0])
+    axis = report.axis_of("a", [Trial(i, {"a": v}) for i, v in enumerate("xxyyz")])
+    missed, by_mean = np.array([-1.0, 1.0, 1.0, -1.0, 4.5]), y - (y.sum() - y) / 4
+    assert report.explained(axis.design, y[:, None])[0] == pytest.approx(1 - (missed**2).sum() / (by_mean**2).sum())
 
 
 @pytest.mark.parametrize("trials", [[], [Trial(0, {"hyperparams.lr": 0.1}, "failed", error="x")], [made_up(1)], [made_up(1)] * 8])
 def test_little_to_show_is_no_error(tmp_path, trials):
     board = Leaderboard(list(trials))
-    for draw in (sw.plot_overview, sw.plot_settings, sw.plot_parallel):
+    for draw in (report.plot_overview, report.plot_settings, report.plot_parallel):
         draw(board).savefig(tmp_path / "x.png")
-    assert sw.board_html(board) and sw.live_figures(board) and sw.importance(board) == {}
+    assert report.board_html(board) and report.sweep_charts(board) and importance(board) == {}
 
 
 def test_a_folder_that_is_neither(tmp_path, monkeypatch):
@@ -68,9 +99,9 @@ def test_a_folder_that_is_neither(tmp_path, monkeypatch):
 
 
 def test_axes():
-    axis = sw.axis_of("a", [Trial(i, {"a": v}) for i, v in enumerate([1e-4, 1e-2, 1e-3])])
-    assert axis.log and axis.unit == pytest.approx([0, 1, 0.5])
-    axis = sw.axis_of("a", [Trial(i, {"a": v}) for i, v in enumerate([[2, 1], True, [1], None])])
+    axis = report.axis_of("a", [Trial(i, {"a": v}) for i, v in enumerate([1e-4, 1e-2, 1e-3])])
+    assert axis.log and axis.unit.tolist() == pytest.approx([0, 1, 0.5])
+    axis = report.axis_of("a", [Trial(i, {"a": v}) for i, v in enumerate([[2, 1], True, [1], None])])
     assert axis.labels == ["[1]", "[2, 1]", "null", "true"] and axis.places == [1, 3, 0, 2]
 
 
@@ -83,10 +114,7 @@ def test_the_notebook_and_the_page_of_a_sweep_and_of_a_run(folder, tmp_path):
     shown = json.dumps([c.get("outputs", []) for c in cells])
     assert page == folder / "report.html" and shown.count('"image/png"') == 3 and "coverage" in shown and "exploded" in shown
     assert '"name": "stderr"' not in shown
-    cfg = load_config(None, ["data.source=synthetic", "hyperparams.num_titles=1500", "hyperparams.max_steps=3",
-                             "hyperparams.vocab_size=500", "model_configs.gpt.d_model=32",
-                             "model_configs.gpt.hidden_layer=32", "model_configs.gpt.n_layer=1",
-                             "tokenizer.kind=bpe", "hyperparams.context_length=32", "hyperparams.batch_size=8"])  # fmt: skip
+    cfg = tiny("hyperparams.max_steps=3", "model_configs.gpt.n_layer=1")
     train(cfg, tmp_path / "run", progress=False)
     text = make_report(tmp_path / "run").read_text()
     assert "val/coverage" in text and text.count("Plotly.newPlot(") >= 1

@@ -17,7 +17,9 @@ import yaml
 from mainrun_nb import sweep as sw
 from mainrun_nb.config import InputError, RunError, load_config
 from mainrun_nb.memory import estimate_memory
-from mainrun_nb.sweep import examine, grid_points, promote, random_point, read_board, read_search, read_trials, run_sweep
+from mainrun_nb.report import promote
+from mainrun_nb.search import evaluations, grid_points, override, random_point, read_board, read_search, read_trials
+from mainrun_nb.sweep import examine, run_sweep
 from mainrun_nb.trainer import Interrupted, train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -133,7 +135,7 @@ def test_bayes_is_reproducible_also_when_killed_anywhere(tmp_path, base, pretend
     places = [("point", 3), ("tell", 2), ("behind", 7), ("point", 2), ("tell", 3)]
     for i, (where, after) in enumerate(places):
         with monkeypatch.context() as m, pytest.raises(Killed):
-            m.setattr(sw, "interrupt", lambda sweep: None)
+            m.setattr(sw.Sweep, "interrupt", lambda sweep: None)
             m.setattr(sw.Chooser, where, dying(where, after))
             pretend(search, base, tmp_path / "cut", trials=12, resume=i > 0)
     cut = pretend(search, base, tmp_path / "cut", trials=12, resume=True)
@@ -145,7 +147,7 @@ def test_lists_and_odd_values_reach_the_configuration(tmp_path):
     text = ("method: grid\nparameters: {model_configs.unet_gpt.hidden_layer_list: {values: [[64, 32, 64], [32, 32, 32]]}, "
             "hyperparams.amp_bool: {value: true}}")
     points = list(grid_points(read_search(search_of(tmp_path, text), load_config())))
-    cfg = load_config(None, [sw.override(k, v) for k, v in points[1].items()])
+    cfg = load_config(None, [override(k, v) for k, v in points[1].items()])
     assert cfg.model_configs.unet_gpt.hidden_layer_list == [32, 32, 32] and cfg.hyperparams.amp_bool is True
 
 
@@ -154,7 +156,7 @@ def test_whole_steps_stay_whole(tmp_path):
     search = read_search(search_of(tmp_path, text), load_config())
     sizes = {random_point(search, i, 0)["hyperparams.batch_size"] for i in range(50)}
     assert all(isinstance(s, int) and s % 16 == 0 for s in sizes) and len(sizes) > 5
-    load_config(None, [sw.override("hyperparams.batch_size", s) for s in sizes])
+    load_config(None, [override("hyperparams.batch_size", s) for s in sizes])
 
 
 @pytest.mark.parametrize("text, says", [
@@ -259,7 +261,7 @@ def test_trials_at_a_time_share_the_memory(monkeypatch):
 
 
 def test_a_second_ctrl_c_is_not_taken_for_a_good_point(monkeypatch):
-    monkeypatch.setattr(sw, "check_budget", lambda *args, **more: (_ for _ in ()).throw(Interrupted("stopped at once", 2)))
+    monkeypatch.setattr(sw, "can_run", lambda *args: (_ for _ in ()).throw(Interrupted("stopped at once", 2)))
     with pytest.raises(Interrupted):
         examine(None, ["hyperparams.device=cpu"])
 
@@ -323,6 +325,21 @@ def test_a_resumed_sweep_must_be_the_same_and_may_grow(tmp_path, base, pretend):
         pretend(search, base, tmp_path / "out", resume=True)
     base.write_text(BASE)
     assert len(pretend(search, base, tmp_path / "out", trials=4, resume=True).trials) == 4
+
+
+def test_a_sweep_of_an_earlier_version_goes_on(tmp_path, base, pretend):
+    """When it was written, a setting was not there yet, and names were kept in the case in which they were given."""
+    search, out = search_of(tmp_path, f"method: grid\n{LRS}"), tmp_path / "out"
+    pretend(search, base, out, trials=2)
+    record = json.loads((out / "sweep.json").read_text())
+    record["configuration"]["hyperparams.optimizer"] = "AdamW"
+    del record["configuration"]["hyperparams.amp_bool"]
+    (out / "sweep.json").write_text(json.dumps(record))
+    kept = yaml.safe_load((out / "base.yaml").read_text())
+    kept["hyperparams"]["optimizer"] = "AdamW"
+    del kept["hyperparams"]["amp_bool"]
+    (out / "base.yaml").write_text(yaml.safe_dump(kept))
+    assert len(pretend(search, base, out, trials=3, resume=True).trials) == 3
 
 
 def test_damaged_folders_say_so_in_one_line(tmp_path, base, pretend):
@@ -415,13 +432,13 @@ def test_a_sweep_cut_short_goes_on(tmp_path, base, signum, mode):
     resumed = next(e["step"] for e in events(out / "trial-0000") if e["event"] == "run_resumed")
     assert reached - 6 <= resumed <= reached
     straight = train(load_config(base, ["hyperparams.lr=0.01"]), tmp_path / "straight", progress=False)
-    assert board.best.value == straight.loss and board.best.evaluations == sw.evaluations(out / "trial-0000", "val/loss")
+    assert board.best.value == straight.loss and board.best.evaluations == evaluations(out / "trial-0000", "val/loss")
 
 
 def test_a_folder_that_is_still_in_use_is_left_for_the_next_time(tmp_path, base, monkeypatch):
     """An orphan that will not end: its trial is no more final than it was, and is run when the folder is free."""
     search, out = search_of(tmp_path, "parameters: {hyperparams.lr: {value: 0.01}}"), tmp_path / "out"
-    monkeypatch.setattr(sw, "_wait_for", partial(sw._wait_for, seconds=0.5))
+    monkeypatch.setattr(sw, "wait_for_folder", partial(sw.wait_for_folder, seconds=0.5))
     (out / "trial-0000" / "run").mkdir(parents=True)
     with open(out / "trial-0000" / "run" / ".lock", "a") as orphan:
         fcntl.flock(orphan, fcntl.LOCK_EX)
@@ -618,7 +635,7 @@ def test_shipped_searches_read_and_start(name, monkeypatch):
     points = [p for p, _ in zip(grid_points(search), range(40), strict=False)] if search.method == "grid" else [
         random_point(search, i, 0) for i in range(10)]  # fmt: skip
     for point in points[:: max(1, len(points) // 4)]:
-        found = examine(base, [sw.override(k, v) for k, v in point.items()], jobs=0)
+        found = examine(base, [override(k, v) for k, v in point.items()], jobs=0)
         assert found == ("running", ""), (point, found)
 
 
@@ -632,7 +649,7 @@ def test_every_value_of_a_shipped_search_can_run(name, monkeypatch):
     points = [random_point(search, i, 1) for i in range(40)]
     points += [{**{e.key: e.values[0] for e in search.dimensions}, d.key: v} for d in search.dimensions for v in d.values]
     for point in points:
-        found = examine(base, [sw.override(k, v) for k, v in point.items()], jobs=0)
+        found = examine(base, [override(k, v) for k, v in point.items()], jobs=0)
         assert found == ("running", ""), (point, found)
 
 
