@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from mainrun_nb.config import Config, load_config
 from mainrun_nb.models import count_parameters
-from mainrun_nb.trainer import freed_memory_kept, make_state, read_steps, take_step
+from mainrun_nb.runtime import freed_memory_kept
+from mainrun_nb.trainer import make_state, read_steps, take_step
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB = 16_000

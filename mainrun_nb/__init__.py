@@ -1,18 +1,19 @@
 """A book of notebooks that is also a library: train, tune and honestly measure small language models on short titles."""
 __version__ = "0.2.0"
 
-# Names of version 0.1 that have moved to a later chapter: old module -> name -> where it is now. Scripts that import them still run.
+# Names of version 0.1 that have moved to another chapter: old module -> name -> where it is now. Scripts that import them still run.
 MOVED = {
     "eda": dict.fromkeys(("plain_words", "duplicates", "ngrams", "overlap_plain", "RunIndex", "Overlap", "overlap", "overlap_rows",
                           "plot_overlap", "leak_rows"), "overlap"),
     "models": dict.fromkeys(("export_gpt2", "import_gpt2", "hf_tokenizer"), "hub"),
     "sweep": dict.fromkeys(("make_report", "write_html", "board_html", "axis_of", "importance", "plot_overview", "plot_settings",
                             "plot_parallel", "promote", "recipe"), "report"),
+    "cli": {"evaluate_run": "trainer", "gpu_report": "runtime"},  # not imported there, so that --help is instant
 }
 
 
 def moved(module: str):
-    """The `__getattr__` of a module whose old names live in a later one, which is imported when such a name is asked for."""
+    """The `__getattr__` of a module whose old names live in another one, which is imported when such a name is asked for."""
     def get(name: str):
         from importlib import import_module
 

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['STATE_BYTES', 'CUDA_ALLOWANCE', 'HOPELESS', 'block_activations', 'explain', 'LayerMemory', 'simulate_step',
            'measured_peak', 'MemoryEstimate', 'estimate_memory', 'tensor_bytes', 'inference_memory', 'machine_memory',
-           'memory_budget', 'fits', 'find_batch_size', 'what_would_fit', 'MemoryBudgetError', 'check_budget']
+           'memory_budget', 'fits', 'find_batch_size', 'what_would_fit', 'formula_need', 'check_build',
+           'MemoryBudgetError', 'check_budget']
 
 # %% ../nbs/22_memory.ipynb #63a8859a
 import gc
@@ -280,7 +281,27 @@ def what_would_fit(
         return "not even one row at a time would fit; a smaller model or context is needed"
     return f"{advice[0]} would fit" + "".join(f", or {more}" for more in advice[1:])
 
+# %% ../nbs/22_memory.ipynb #cf4f9f50
+def formula_need(
+    cfg: Config,
+    vocab_size: int,
+    device: str = "cpu",
+    processes: int = 1,  # that share out the batch
+    runs: int = 1,  # at a time that share out the machine or the GPU; a budget of the configuration's own is for each
+) -> dict[str, int]:  # predicted and allowed bytes of each process, and the parts
+    "By formula, attention tables included, what a step needs and may use. Raises `InputError` for a model that cannot be built."
+    budget = memory_budget(cfg, device) // (processes if device == "cpu" else 1) // (1 if cfg.hyperparams.memory_budget_gb else runs)
+    cfg = replace(cfg, hyperparams=replace(cfg.hyperparams, batch_size=cfg.hyperparams.batch_size // processes))
+    parts, (rows, widths, heads) = explain(cfg, vocab_size), _shape(cfg)
+    tables = 9 * rows * len(widths) * heads * cfg.hyperparams.context_length
+    return {"predicted_bytes": sum(parts.values()) + tables, "budget_bytes": budget, **parts, "tables": tables}
+
 # %% ../nbs/22_memory.ipynb #903dcd12
+def check_build(cfg: Config) -> None:
+    "Raise `InputError` for a model that cannot be built."
+    formula_need(cfg, cfg.hyperparams.vocab_size)
+
+
 class MemoryBudgetError(InputError):
     "A run that cannot fit in its memory budget."
 
@@ -291,14 +312,14 @@ def check_budget(
     device: str = "cpu",
     processes: int = 1,  # that share out the batch
     runs: int = 1,  # at a time that share out the machine or the GPU; a budget of the configuration's own is for each
+    rough: dict[str, int] | None = None,  # what `formula_need` says of the same; none: ask it
 ) -> dict[str, Any]:  # for the log: method, predicted and allowed bytes, of each process
-    "Refuse a run that cannot fit. Raises `MemoryBudgetError` with the numbers and with what would fit."
-    budget = memory_budget(cfg, device) // (processes if device == "cpu" else 1) // (1 if cfg.hyperparams.memory_budget_gb else runs)
+    "Refuse a run that cannot be built or cannot fit. Raises `MemoryBudgetError` with the numbers and with what would fit."
+    rough = rough or formula_need(cfg, vocab_size, device, processes, runs)
+    budget, formula = rough["budget_bytes"], rough["predicted_bytes"] - rough["tables"]
+    if 4 * rough["predicted_bytes"] < budget:
+        return {"method": "formula", **rough}
     cfg = replace(cfg, hyperparams=replace(cfg.hyperparams, batch_size=cfg.hyperparams.batch_size // processes))
-    rough, (rows, widths, heads) = explain(cfg, vocab_size), _shape(cfg)
-    formula, tables = sum(rough.values()), 9 * rows * len(widths) * heads * cfg.hyperparams.context_length
-    if 4 * (formula + tables) < budget:
-        return {"method": "formula", "predicted_bytes": formula + tables, "budget_bytes": budget, **rough, "tables": tables}
     estimate = None if formula > HOPELESS * budget else estimate_memory(cfg, device, vocab_size)
     needed = estimate.peak_bytes if estimate else formula
     if estimate is None or needed > budget:

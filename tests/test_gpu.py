@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from mainrun_nb import cli
+from mainrun_nb import runtime
 
 WORKS = """case "$1" in
 *compute-apps*) echo "4242, 61440 MiB, /opt/venv/bin/python, train.py" ;;
@@ -29,13 +29,13 @@ def smi(tmp_path, monkeypatch):
             (tmp_path / "nvidia-smi").chmod(0o755)
         monkeypatch.setenv("PATH", str(tmp_path))
 
-    monkeypatch.setattr(cli, "torch_view", lambda: "PyTorch sees no accelerator.")
+    monkeypatch.setattr(runtime, "torch_view", lambda: "PyTorch sees no accelerator.")
     return put
 
 
 def test_a_working_gpu(smi):
     smi(WORKS)
-    text, well = cli.gpu_report()
+    text, well = runtime.gpu_report()
     assert well
     for word in ("NVIDIA H100 80GB HBM3", "61444 MiB", "97 %", "640.11 W", "4242", "/opt/venv/bin/python, train.py"):
         assert word in text
@@ -43,12 +43,12 @@ def test_a_working_gpu(smi):
 
 def test_an_idle_gpu(smi):
     smi('case "$1" in *compute-apps*) ;; *) echo "0, A, 1 MiB, 2 MiB, 0 %, 30, 70 W" ;; esac')
-    assert "No process uses a GPU." in cli.gpu_report()[0]
+    assert "No process uses a GPU." in runtime.gpu_report()[0]
 
 
 def test_no_gpu_is_no_fault(smi):
     smi(None)
-    text, well = cli.gpu_report()
+    text, well = runtime.gpu_report()
     assert well and "There is no NVIDIA driver on this machine" in text
 
 
@@ -63,7 +63,7 @@ def test_no_gpu_is_no_fault(smi):
 )
 def test_a_broken_driver_is_named(smi, script, says):
     smi(script)
-    text, well = cli.gpu_report()
+    text, well = runtime.gpu_report()
     assert not well and "not well" in text and says in text
 
 
@@ -71,13 +71,13 @@ def test_a_broken_driver_is_named(smi, script, says):
 def test_a_hanging_driver_does_not_hang_the_check(smi, script):
     smi(script)
     start = time.monotonic()
-    text, well = cli.gpu_report(timeout=0.5)
+    text, well = runtime.gpu_report(timeout=0.5)
     assert time.monotonic() - start < 10 and not well and "did not answer within 0.5 s" in text
 
 
 def test_a_hanging_driver_leaves_no_process_behind(smi, tmp_path):
     smi(f"echo $$ >{tmp_path}/pid; sleep 61")
-    cli.gpu_report(timeout=1)
+    runtime.gpu_report(timeout=1)
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
@@ -88,7 +88,7 @@ def test_processes_are_listed_without_their_keys(smi):
     child = subprocess.Popen([sys.executable, "-c", code, "WANDB_API_KEY=abc123", "--token", "xyz789"], stdout=subprocess.PIPE, text=True)
     try:
         assert child.stdout.readline() == "on\n"
-        text = cli.python_processes()
+        text = runtime.python_processes()
         assert str(os.getpid()) not in text.split() and "abc123" not in text and "xyz789" not in text
     finally:
         child.kill()
@@ -97,5 +97,5 @@ def test_processes_are_listed_without_their_keys(smi):
 
 
 def test_pytorch_is_asked_in_a_process_of_its_own():
-    assert " sees " in cli.torch_view()
-    assert "did not answer" in cli.torch_view(timeout=0.01)
+    assert " sees " in runtime.torch_view()
+    assert "did not answer" in runtime.torch_view(timeout=0.01)

@@ -20,6 +20,7 @@ import torch
 import mainrun_nb.trainer as trainer
 from mainrun_nb.checkpoint import list_checkpoints, load_checkpoint, load_run, read_checkpoint
 from mainrun_nb.config import Hyperparams, InputError, RunError, load_config
+from mainrun_nb.gpt import GPT
 from mainrun_nb.optim import StepResult
 from mainrun_nb.tracking import read_events
 
@@ -436,6 +437,46 @@ def test_running_out_of_memory_is_said_in_one_line(tmp_path, monkeypatch):
     with pytest.raises(RunError, match="out of memory .* GB predicted, .* GB used .*grad_accum") as e:
         quick(tiny(), tmp_path)
     assert "\n" not in str(e.value)
+
+
+PAGES = """
+import resource, torch
+from mainrun_nb import runtime
+
+torch.set_num_threads(1)
+
+def pages(megabytes):
+    "Page faults of each of twenty tensors that come and go."
+    found = []
+    for _ in range(20):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(megabytes * 250_000)
+        found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return found
+
+for _ in range(2):  # two runs of one process
+    with runtime.freed_memory_kept():
+        within = pages(20) + pages(50)
+    print(sum(within), *(sum(pages(megabytes)[4:]) for megabytes in (2, 20, 30)))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the page faults of glibc's allocator")
+def test_after_a_run_freed_memory_is_still_found_again():
+    """A tensor of 20 MB has 4,883 pages; from the fifth on they are those of the one before, within a run and after it."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", PAGES], env=env, capture_output=True, text=True, check=True)
+    for line in done.stdout.splitlines():
+        within, *after = map(int, line.split())
+        assert within < 100_000 and max(after) < 4883, done.stdout
+
+
+def test_a_run_builds_its_model_once_to_check_it_and_once_to_train_it(tmp_path, monkeypatch):
+    built = []
+    honest = GPT.__init__
+    monkeypatch.setattr(GPT, "__init__", lambda self, *args, **kwargs: built.append(1) or honest(self, *args, **kwargs))
+    assert quick(tiny("hyperparams.max_steps=2"), tmp_path).metrics["data"]["vocab_size"] == 400
+    assert len(built) == 2
 
 
 # --- many processes ---
