@@ -177,7 +177,7 @@ def sweep_cli(
     promote: str | None = None,  # write the best trial as sweeps/sota/NAME.yaml
 ):
     "Run a sweep; prints its leaderboard"
-    from mainrun_nb.sweep import promote as promote_best
+    from mainrun_nb.report import promote as promote_best
     from mainrun_nb.sweep import run_sweep
 
     config, out = needed(config=config, out=out)
@@ -192,7 +192,7 @@ def report_cli(
     folder: str,  # of a sweep or a run
 ):
     "Write report.html for a sweep or a run"
-    from mainrun_nb.sweep import make_report
+    from mainrun_nb.report import make_report
 
     print(make_report(folder))
 

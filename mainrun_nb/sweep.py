@@ -29,11 +29,11 @@ from . import moved
 from .checkpoint import atomic_write, run_lock
 from .config import Config, InputError, RunError, did_you_mean, flatten, load_config, save_config
 from .data import load_titles
-from .memory import MemoryBudgetError, check_budget
+from .memory import MemoryBudgetError, check_budget, check_build
 from .search import FINAL, Chooser, Leaderboard, Search, Trial, evaluations, read_board, read_search, read_trials
 from .search import Dimension, grid_points, override, random_point  # noqa: F401  scripts import them from here
 from .tracking import has_key
-from .trainer import Interrupted, check_build, in_log_file, noted_signals, pick_device
+from .runtime import Interrupted, in_log_file, noted_signals, pick_device
 
 # %% ../nbs/31_sweep.ipynb #825ecb96
 def can_run(
@@ -41,9 +41,10 @@ def can_run(
     jobs: int,  # trials at a time that share this machine's memory; 0: they run on others, and nothing is known of their memory
 ) -> None:
     "Raises `InputError` for a model, optimizer or schedule that cannot be, `MemoryBudgetError` for a run that cannot fit."
-    check_build(cfg)
     if jobs:
         check_budget(cfg, cfg.hyperparams.vocab_size, pick_device(cfg.hyperparams.device).type, runs=jobs)
+    else:
+        check_build(cfg)
 
 # %% ../nbs/31_sweep.ipynb #5ea7da9f
 def examine(
