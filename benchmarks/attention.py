@@ -30,9 +30,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from mainrun_nb.attention import attend_plain
 from mainrun_nb.config import SparseAttnConfig
+from mainrun_nb.runtime import freed_memory_kept
 from mainrun_nb.sparse_attention import attend_sparse, sparse_bias
 from mainrun_nb.sparsek import Selection, sparsek_fast
-from mainrun_nb.runtime import freed_memory_kept
 
 RESULTS = Path(__file__).parent / "results"
 

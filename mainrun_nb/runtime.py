@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pick_device', 'device_info', 'freed_memory_kept', 'Processes', 'joined', 'Interrupted', 'noted_signals',
-           'in_log_file', 'git_commit', 'peak_memory', 'versions', 'matrix_rate', 'speed_report', 'gpu_report']
+           'in_log_file', 'git_commit', 'peak_memory', 'versions', 'speed_report', 'gpu_report']
 
 # %% ../nbs/20_runtime.ipynb #e885ffb6
 import ctypes
