@@ -176,7 +176,7 @@ def sweep_cli(
     promote: str | None = None,  # write the best trial as sweeps/sota/NAME.yaml
 ):
     "Run a sweep; prints its leaderboard"
-    from mainrun_nb.report import promote as promote_best
+    from mainrun_nb.sweep import promote as promote_best
     from mainrun_nb.sweep import run_sweep
 
     config, out = needed(config=config, out=out)

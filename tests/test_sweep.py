@@ -17,9 +17,8 @@ import yaml
 from mainrun_nb import sweep as sw
 from mainrun_nb.config import InputError, RunError, load_config
 from mainrun_nb.memory import estimate_memory
-from mainrun_nb.report import promote
 from mainrun_nb.search import evaluations, grid_points, override, random_point, read_board, read_search, read_trials
-from mainrun_nb.sweep import examine, run_sweep
+from mainrun_nb.sweep import examine, promote, run_sweep
 from mainrun_nb.trainer import Interrupted, train
 
 ROOT = Path(__file__).resolve().parents[1]
