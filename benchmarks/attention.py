@@ -31,7 +31,8 @@ from torch.profiler import ProfilerActivity, profile
 from mainrun_nb.attention import attend_plain
 from mainrun_nb.config import SparseAttnConfig
 from mainrun_nb.sparse_attention import attend_sparse, sparse_bias
-from mainrun_nb.sparsek import Selection, sparsek_fast
+from mainrun_nb.sparsek import Selection
+from mainrun_nb.sparsek_stream import sparsek_fast
 from mainrun_nb.trainer import freed_memory_kept
 
 RESULTS = Path(__file__).parent / "results"

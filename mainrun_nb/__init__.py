@@ -4,6 +4,7 @@ __version__ = "0.2.0"
 # Names of version 0.1 that have moved to a later chapter: old module -> name -> where it is now. Scripts that import them still run.
 MOVED = {
     "models": dict.fromkeys(("export_gpt2", "import_gpt2", "hf_tokenizer"), "hub"),
+    "sparsek": dict.fromkeys(("SparseKAttention", "SparseKCache", "sparsek_fast"), "sparsek_stream"),
     "sweep": dict.fromkeys(("make_report", "write_html", "importance"), "report"),
 }
 
