@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import sparse_attention, sparsek
+from . import sparse_attention, sparsek_stream
 from .config import Config, GPTConfig, InputError, UnetGPTConfig, did_you_mean, load_config, register_section
 from .gpt import GPT
 from .tokenizer import SPECIALS, Tokenizer, disguise
