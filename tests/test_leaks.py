@@ -33,7 +33,7 @@ OPTIONS: dict[str, list[dict]] = {  # of each attention's own section
         dict(SPARSEK, n_head=2, intermediate_dim=8, k=1, candidates=2, chunk=16),
     ],
 }
-CASES = [(name, i) for name in attention._ATTENTIONS for i in range(len(OPTIONS.get(name, [{}])))]
+CASES = [(name, i) for name in attention.ATTENTIONS for i in range(len(OPTIONS.get(name, [{}])))]
 FORMS = [(name, i, blocks) for name, i in CASES for blocks in ([False, True] if name == "sparse" else [False])]  # sparse attention has two
 MODELS = [  # of the model around it; taken in turn
     dict(position="rope", norm="rmsnorm", output_gate=True), dict(norm_type="post", activation_function="swiglu"),
@@ -44,7 +44,7 @@ MODELS = [  # of the model around it; taken in turn
 def build(name: str, case: int, title_mask: bool = False, seed: int = 0, **more) -> GPT:
     """A small model with weights large enough that every dependence shows."""
     torch.manual_seed(seed)
-    schema = attention._ATTENTIONS[name][1]
+    schema = attention.ATTENTIONS[name][1]
     shape = dict(d_model=12, hidden_layer=12, n_layer=2, dropout=0.0, attention_layer=name) | MODELS[(case + seed) % len(MODELS)] | more
     model = GPT(GPTConfig(**shape), schema(**OPTIONS.get(name, [{}])[case]), VOCAB, CONTEXT, title_mask).eval()
     with torch.no_grad():
@@ -156,7 +156,7 @@ def test_the_cache_changes_nothing(name, case):
 
 
 def test_every_attention_of_the_registry_has_its_options_here():
-    assert set(OPTIONS) == {"causal", "sparse", "sparsek"} <= set(attention._ATTENTIONS)
+    assert set(OPTIONS) == {"causal", "sparse", "sparsek"} <= set(attention.ATTENTIONS)
 
 
 # --- the checks can fail ---
@@ -178,7 +178,7 @@ class Leaky(Attention):
 def leaky(monkeypatch):
     """The leaky attention in the registry, for one test."""
     monkeypatch.setitem(config._GROUPS, "attn_configs", config._GROUPS["attn_configs"])
-    monkeypatch.setattr(attention, "_ATTENTIONS", dict(attention._ATTENTIONS))
+    monkeypatch.setattr(attention, "ATTENTIONS", dict(attention.ATTENTIONS))
     register_attention("leaky", Leaky, CausalAttnConfig)
     monkeypatch.setitem(OPTIONS, "leaky", [dict(n_head=2)])
 
