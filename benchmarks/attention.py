@@ -32,7 +32,8 @@ from mainrun_nb.attention import attend_plain
 from mainrun_nb.config import SparseAttnConfig
 from mainrun_nb.runtime import freed_memory_kept
 from mainrun_nb.sparse_attention import attend_sparse, sparse_bias
-from mainrun_nb.sparsek import Selection, sparsek_fast
+from mainrun_nb.sparsek import Selection
+from mainrun_nb.sparsek_stream import sparsek_fast
 
 RESULTS = Path(__file__).parent / "results"
 

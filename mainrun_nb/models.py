@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from . import moved, sparse_attention, sparsek
+from . import moved, sparse_attention, sparsek_stream
 from .config import Config, GPTConfig, InputError, UnetGPTConfig, check_name, register_section
 from .gpt import GPT
 from .unet_gpt import UNetGPT

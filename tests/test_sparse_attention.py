@@ -1,7 +1,6 @@
-"""Sparse attention over many shapes: fast against plain, leaks, cache, refusals, engines, precision."""
+"""Sparse attention over many shapes: fast against plain, refusals, engines, precision. Leaks and the cache are in test_leaks.py."""
 
 import itertools
-import random
 from dataclasses import replace
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import mainrun_nb.sparse_attention as S
-from mainrun_nb.attention import AttnCommon, CausalAttention, TokenInfo, allowed, build_attention
+from mainrun_nb.attention import AttnCommon, CausalAttention, TokenInfo, build_attention
 from mainrun_nb.config import CausalAttnConfig, InputError, SparseAttnConfig, load_config
 from mainrun_nb.sparse_attention import (
     SHORT,
@@ -82,8 +81,7 @@ def test_every_route_of_attend_sparse_is_the_pattern(pattern):
 @pytest.mark.parametrize("pattern", PATTERNS, ids=IDS)
 def test_the_portable_engine_is_the_same_function(pattern, monkeypatch):
     "Without the CPU's kernel (another device, another version of torch) the results do not change."
-    monkeypatch.setattr(S, "_engine", lambda piece, q, keys, dropout: (S._self_forward, S._self_backward) if piece.source == "self"
-                        else (S._plain_forward, S._plain_backward))
+    monkeypatch.setattr(S, "has_flash", lambda device: False)
     torch.manual_seed(0)
     cfg, qkv = settings(pattern), [torch.randn(2, 4, 31, 5) for _ in range(3)]
     for titles in (None, random_titles(2, 31)):
@@ -157,42 +155,6 @@ def build(pattern: dict, context: int = 300, n_head: int = 4, **common) -> torch
     torch.manual_seed(0)
     cfg = settings(pattern, n_head=n_head)
     return build_attention("sparse", 8 * n_head, cfg, AttnCommon(context, **common))
-
-
-ALL = [dict(attn_type="all"), *PATTERNS]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("pattern", ALL, ids=["all", *IDS])
-def test_nothing_leaks(pattern, dtype):
-    "The gradient with respect to the future, and to other titles, is exactly zero; that to everything in the pattern is not."
-    layer = build(pattern, n_head=6, position="rope", output_gate=True).to(dtype)
-    for T in (7, 38, SHORT + 5):
-        x = torch.randn(1, T, 48, dtype=dtype, requires_grad=True)
-        at = torch.arange(T)
-        for titles in (None, random_titles(1, T)):
-            may = allowed(at, at) if titles is None else allowed(at, at, titles, titles)[0, 0]
-            pattern_mask = sparse_mask(layer.cfg, at, at).any(0) & may
-            y = layer(x, TokenInfo(at, titles))
-            for i in {0, T // 3, T // 2, T - 1}:
-                depends = torch.autograd.grad(y[0, i].float().sum(), x, retain_graph=True)[0][0].float().abs().sum(-1)
-                assert (depends[~pattern_mask[i]] == 0).all(), (T, i)
-                assert (depends[pattern_mask[i]] > 0).all(), (T, i)
-
-
-@pytest.mark.parametrize("pattern", ALL, ids=["all", *IDS])
-def test_cache_equals_the_whole_row(pattern):
-    "Fed in random pieces, across the border of the stored mask, with and without titles."
-    rng = random.Random(0)
-    layer = build(pattern, n_head=6, position="rope").eval()
-    T = SHORT + 9
-    x, at = torch.randn(2, T, 48), torch.arange(T)
-    for titles in (None, random_titles(2, T)):
-        whole, cache, parts = layer(x, TokenInfo(at, titles)), layer.make_cache(2), []
-        cuts = sorted(rng.sample(range(1, T), 6)) + [T]
-        for a, b in zip([0, *cuts], cuts, strict=False):
-            parts.append(layer(x[:, a:b], TokenInfo(at[a:b], None if titles is None else titles[:, a:b]), cache))
-        torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=0)
 
 
 def test_the_layer_built_is_the_one_asked_for():
