@@ -38,7 +38,7 @@ quickstart: $(VENV)/.runtime  ## install, then train a tiny model on synthetic t
 	@$(BIN)/mainrun-train --config sweeps/base/quickstart.yaml --out runs/quickstart >/dev/null  # its line of JSON is for programs
 
 test: lint  ## the linters, then every test on all cores (MAINRUN_SLOW=1 for the slow ones too, HN_TITLES=file for real titles)
-	$(BIN)/python -m pytest --numprocesses logical $(ARGS)
+	$(BIN)/python -m pytest --numprocesses logical --dist worksteal $(ARGS)
 
 chapter: $(VENV)/.dev  ## one chapter: its notebook, its module and the house rules, as in make chapter C=07
 	@test -n "$(C)" || { echo "Which chapter? make chapter C=07" >&2; exit 2; }

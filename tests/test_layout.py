@@ -1,4 +1,4 @@
-"""The rules of DESIGN section 1 that keep the house livable, one after the other. Each failure names the file, the cell or line, and the rule."""
+"""The rules that keep the house livable (DESIGN, section 1), one after the other; a failure names the file and the cell or line."""
 import ast
 import configparser
 import filecmp
@@ -102,7 +102,7 @@ def module_name(path: Path) -> str | None:
 
 
 MODULES = {name: int(p.name[:2]) for p in CHAPTERS if (name := module_name(p))}
-by_module = pytest.mark.parametrize("name", MODULES)
+by_module = pytest.mark.parametrize("name", MODULES, ids=lambda m: f"{MODULES[m]:02}_{m}")
 
 
 @cache
