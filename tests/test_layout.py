@@ -25,7 +25,6 @@ by_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
 
 # Rule 1: private interfaces of other packages, by module (its notebook included) and interface, with the reason why no public one will do.
 PRIVATE = {
-    ("cli", "_actions"): "argparse names its options nowhere else; single-word flags are checked against them",
     ("loss", "torch._subclasses"): "in the notebook: FakeTensorMode, see memory",
     ("loss", "torch.distributed._tools"): "in the notebook: MemTracker, see memory",
     ("memory", "torch._subclasses"): "FakeTensorMode: tensors without memory, the only way to run a step that does not fit",
