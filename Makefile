@@ -42,7 +42,7 @@ test: lint  ## the linters, then every test on all cores (MAINRUN_SLOW=1 for the
 
 chapter: $(VENV)/.dev  ## one chapter: its notebook, its module and the house rules, as in make chapter C=07
 	@test -n "$(C)" || { echo "Which chapter? make chapter C=07" >&2; exit 2; }
-	$(BIN)/python -m pytest tests/test_notebooks.py tests/test_layout.py -k "$(C)_ or test_package_is_what" $(ARGS)
+	$(BIN)/python -m pytest tests/test_notebooks.py tests/test_layout.py -k "$(C)_ or is_what or private or star" $(ARGS)
 
 lint: $(VENV)/.dev  ## the linters alone; none needs a network
 	$(BIN)/ruff check .
