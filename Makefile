@@ -1,4 +1,4 @@
-# make quickstart | test | lab | bench | clean. Each makes .venv where it is missing; Python 3.11 or newer is all it needs.
+# make quickstart | test | chapter | lab | bench | clean. Each makes .venv where it is missing; Python 3.11 or newer is all it needs.
 VENV := .venv
 BIN  := $(VENV)/bin
 # The first interpreter that really starts and is new enough. Choose another: make PYTHON=/path/to/python3 ...
@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c '
 SHELL_SCRIPTS := .ci/run $(wildcard .github/scripts/*.sh docker/*.sh)
 WORKFLOWS := $(wildcard .github/workflows/*.yml)
 
-.PHONY: help quickstart test lint lab bench readme clean
+.PHONY: help quickstart test chapter lint lab bench readme clean
 help:  ## what there is
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 20
 
@@ -24,6 +24,12 @@ $(VENV)/.runtime: $(BIN)/python settings.ini setup.py pyproject.toml constraints
 
 $(VENV)/.dev: $(VENV)/.runtime
 	@echo "Installing the development tools into $(VENV) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# What only a part of the package needs: ray, trackio, plotly and transformers. Their tests skip where they are missing.
+$(VENV)/.all: $(VENV)/.dev
+	@echo "Installing every extra into $(VENV) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all]'
 	@touch $@
 
@@ -31,8 +37,12 @@ quickstart: $(VENV)/.runtime  ## install, then train a tiny model on synthetic t
 	rm -rf runs/quickstart
 	@$(BIN)/mainrun-train --config sweeps/base/quickstart.yaml --out runs/quickstart >/dev/null  # its line of JSON is for programs
 
-test: lint  ## the linters, then every test (MAINRUN_SLOW=1 for the slow ones too, HN_TITLES=file for real titles)
-	$(BIN)/python -m pytest $(ARGS)
+test: lint  ## the linters, then every test on all cores (MAINRUN_SLOW=1 for the slow ones too, HN_TITLES=file for real titles)
+	$(BIN)/python -m pytest --numprocesses logical --dist worksteal $(ARGS)
+
+chapter: $(VENV)/.dev  ## one chapter: its notebook, its module and the house rules, as in make chapter C=07
+	@test -n "$(C)" || { echo "Which chapter? make chapter C=07" >&2; exit 2; }
+	$(BIN)/python -m pytest tests/test_notebooks.py tests/test_layout.py -k "$(C)_ or is_what or private or star" $(ARGS)
 
 lint: $(VENV)/.dev  ## the linters alone; none needs a network
 	$(BIN)/ruff check .
@@ -45,10 +55,12 @@ lint: $(VENV)/.dev  ## the linters alone; none needs a network
 	$(BIN)/shellcheck $(SHELL_SCRIPTS)
 	$(BIN)/hadolint docker/Dockerfile
 
+# What Lab saves is brought into nbdev's form first, so that opening a chapter changes nothing that git sees.
 lab: $(VENV)/.dev  ## JupyterLab on the chapters
-	JUPYTER_PREFER_ENV_PATH=1 $(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb $(ARGS)
+	JUPYTER_PREFER_ENV_PATH=1 $(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb \
+	  --ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter $(ARGS)
 
-bench: $(VENV)/.dev  ## every measurement of benchmarks/, one after the other
+bench: $(VENV)/.all  ## every measurement of benchmarks/, one after the other
 	@for f in $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)); do echo "== $$f"; $(BIN)/python $$f || exit 1; done
 
 readme: $(VENV)/.dev  ## README.md from nbs/index.ipynb

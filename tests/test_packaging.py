@@ -108,12 +108,35 @@ def test_constraints_pin_every_requirement_exactly_and_within_its_range(settings
     assert all(re.fullmatch(r"[\w.]+", v) for v in pins.values()), "a local or open version"
 
 
-def test_what_runs_here_is_what_constraints_say():
-    """A difference is no fault of the package, but its tests then say nothing about what CI installs."""
-    found = {re.sub(r"[-_.]+", "-", d.metadata["Name"]).lower(): d.version.split("+")[0] for d in importlib.metadata.distributions()}
-    differ = {n: (found[n], v) for n, v in constraints().items() if found.get(n, v) != v}
-    if differ:
-        pytest.skip(f"other versions here than in constraints.txt: {differ}")
+def required(name: str, extras: frozenset[str] = frozenset()) -> set[str]:
+    """What an installed distribution requires here, and what that requires; what is not installed is an extra left out."""
+    from packaging.requirements import Requirement
+
+    found: set[str] = set()
+    todo = [(name, extras)]
+    while todo:
+        name, extras = todo.pop()
+        try:
+            lines = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        for req in map(Requirement, lines):
+            key = re.sub(r"[-_.]+", "-", req.name).lower()
+            if key not in found and any(req.marker is None or req.marker.evaluate({"extra": e}) for e in extras | {""}):
+                found.add(key)
+                todo.append((req.name, frozenset(req.extras)))
+    return found
+
+
+def test_constraints_pin_whatever_the_requirements_bring_along(settings):
+    """Else two installations from the same constraints can differ. CUDA's libraries come with their build of torch, pinned by it."""
+    from packaging.requirements import Requirement
+
+    lines = [line for k in settings if k.endswith("requirements") for line in settings[k].splitlines() if line.strip()]
+    needed = set().union(*(required(r.name, frozenset(r.extras)) | {r.name.lower()} for r in map(Requirement, lines)))
+    loose = {n for n in needed if not re.match(r"(nvidia|cuda)-|triton$|pip$", n)} - constraints().keys()
+    installed = {re.sub(r"[-_.]+", "-", d.metadata["Name"]).lower() for d in importlib.metadata.distributions()}
+    assert not loose & installed, f"constraints.txt does not pin {sorted(loose & installed)}"
 
 
 # --- make, on a machine that has nothing yet ---
@@ -128,6 +151,14 @@ def bare(tmp_path) -> Path:
     return tmp_path
 
 
+def with_tools(bare: Path) -> dict[str, str]:
+    """An environment for make on a checkout whose .venv is complete."""
+    (bare / ".venv/bin").mkdir(parents=True, exist_ok=True)
+    for name in ("bin/python", ".runtime", ".dev"):
+        (bare / ".venv" / name).touch()
+    return dict(os.environ)
+
+
 def make(bare: Path, *args: str, pythons: dict[str, int] | None = None) -> subprocess.CompletedProcess:
     """make with interpreters that exit with the given codes when they are asked for their version."""
     for name, code in (pythons or {}).items():
@@ -137,17 +168,24 @@ def make(bare: Path, *args: str, pythons: dict[str, int] | None = None) -> subpr
     return subprocess.run(["make", "--just-print", *args], cwd=bare, env=env, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("target", ["quickstart", "test", "lab", "bench"])
-def test_make_installs_what_its_target_needs(bare, target):
-    said = make(bare, target).stdout
+@pytest.mark.parametrize(
+    ("target", "extras"),
+    [("quickstart", []), ("test", ["dev"]), ("lab", ["dev"]), ("chapter C=07", ["dev"]), ("bench", ["dev", "all"])],
+)
+def test_make_installs_what_its_target_needs(bare, target, extras):
+    said = make(bare, *target.split()).stdout
     assert "-m venv .venv" in said and "install --quiet --disable-pip-version-check -c constraints.txt -e .\n" in said
-    assert ("'.[all]'" in said) == (target != "quickstart")
+    assert re.findall(r"-c constraints\.txt -e '\.\[(\w+)\]'", said) == extras
+
+
+def test_make_chapter_tests_one_chapter(bare):
+    assert '-k "07_ or ' in make(bare, "chapter", "C=07").stdout
+    done = subprocess.run(["make", "chapter"], cwd=bare, capture_output=True, text=True, env=with_tools(bare))
+    assert done.returncode == 2 and "make chapter C=07" in done.stderr
 
 
 def test_make_does_not_install_twice_and_installs_again_after_a_change(bare):
-    (bare / ".venv/bin").mkdir(parents=True)
-    for name in ("bin/python", ".runtime", ".dev"):
-        (bare / ".venv" / name).touch()
+    with_tools(bare)
     assert "install" not in make(bare, "quickstart").stdout
     os.utime(bare / "constraints.txt", (2e9, 2e9))
     assert "install" in make(bare, "quickstart").stdout

@@ -23,6 +23,9 @@ def made_up(number: int) -> Trial:
                  metrics={"val/loss": loss, "val/coverage": 0.875, "val/challenge_loss": loss * 0.875})
 
 
+pytest.importorskip("plotly", reason="the figures of a page are plotly's: make .venv/.all")
+
+
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A sweep's folder with twenty-four trials, of which four did not end well."""

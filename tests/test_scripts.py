@@ -1,6 +1,7 @@
 """The scripts of the workflows, run here: real bash and git, with stand-ins for docker, papermill and the console commands."""
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -151,10 +152,9 @@ def test_train_without_overrides_gives_an_empty_list(trainer):
     assert yaml.safe_load((trainer.home / "runs/train-1-1/parameters.yaml").read_text())["overrides"] == []
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("CONFIG", "sweeps/../../etc/passwd.yaml"),
+def test_train_refuses_what_is_no_plain_input(trainer):
+    for key, value in [
+        ("CONFIG", "sweeps/../sweeps/base/a.yaml"),  # it exists
         ("CONFIG", "sweeps/base/none.yaml"),
         ("CONFIG", "/etc/passwd"),
         ("RUN", "../other"),
@@ -164,12 +164,10 @@ def test_train_without_overrides_gives_an_empty_list(trainer):
         ("OVERRIDES", 'a=1 b="x"'),
         ("OVERRIDES", "--flag"),
         ("OVERRIDES", "a=1;id"),
-    ],
-)
-def test_train_refuses_what_is_no_plain_input(trainer, key, value):
-    done = trainer.run("train.sh", **{**TRAIN, key: value})
-    assert done.returncode == 2 and key in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    ]:
+        done = trainer.run("train.sh", **{**TRAIN, key: value})
+        assert done.returncode == 2 and key in done.stderr, f"{key}={value}: {done.stderr}"
+        assert len(done.stderr.splitlines()) == 1
     assert not trainer.log("papermill.log") and not (trainer.home / "runs").exists()
 
 
@@ -255,13 +253,12 @@ def test_a_wandb_sweep_is_never_resumed(sweeper):
     assert len(sweeper.log("sweep.log")) == 1
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("SEARCH", "../x.yaml"), ("BASE", "sweeps/no.yaml"), ("NAME", "a/b"), ("TRIALS", "0"), ("JOBS", "many"), ("ENGINE", "slurm")],
-)
-def test_sweep_refuses_what_is_no_plain_input(sweeper, key, value):
-    done = sweeper.run("sweep.sh", **{**SWEEP, key: value})
-    assert done.returncode == 2 and value in done.stderr and not sweeper.log("sweep.log")
+def test_sweep_refuses_what_is_no_plain_input(sweeper):
+    wrong = {"SEARCH": "../x.yaml", "BASE": "sweeps/no.yaml", "NAME": "a/b", "TRIALS": "0", "JOBS": "many", "ENGINE": "slurm"}
+    for key, value in wrong.items():
+        done = sweeper.run("sweep.sh", **{**SWEEP, key: value})
+        assert done.returncode == 2 and value in done.stderr, f"{key}={value}: {done.stderr}"
+    assert not sweeper.log("sweep.log")
 
 
 # --- gpu-status.sh ---
@@ -376,9 +373,11 @@ def test_a_failed_build_leaves_the_runner_where_it_was(runner):
     assert os.readlink(runner.home / "current") == f"worktrees/{new}"
 
 
-@pytest.mark.parametrize("sha", ["main", "0" * 40, "--upload-pack=id"])
-def test_update_refuses_what_is_no_commit(runner, sha):
-    assert update(runner, sha).returncode != 0
+def test_update_refuses_what_is_no_commit(runner):
+    for sha in ("main", "--upload-pack=id"):
+        done = update(runner, sha)
+        assert done.returncode == 2 and "allowed are 40 hexadecimal digits" in done.stderr, sha
+    assert update(runner, "0" * 40).returncode != 0
     assert not (runner.home / "current").exists()
 
 
@@ -416,19 +415,42 @@ def test_notebooks_script_finds_a_module_without_a_notebook(place, stale):
     assert ("mainrun_nb/old.py" in done.stderr) == stale
 
 
+def docs(place: Place, script: Path, bin: Path, timeout: int) -> dict[str, str]:
+    """The pages, by name, that the script hands to a stand-in for Quarto."""
+    quarto = '[ "$1" != render ] || { mkdir -p _docs && cp *.ipynb _docs/ && touch _docs/index.html; }'
+    place.stub("quarto", f"#!/usr/bin/env bash\n{quarto}\n")
+    env = {**place.env, "MAINRUN_BIN": str(bin), "PYTHONPATH": str(place.code), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["bash", script], cwd=place.code, env=env, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stderr
+    return {p.name: p.read_text() for p in (place.code / "_proc/_docs").glob("*.ipynb")}
+
+
 @pytest.mark.slow
 def test_docs_script_hands_every_chapter_to_quarto(place):
     script = bare_repository(place, ".github/scripts/docs.sh")
     for name in ("nbs", "mainrun_nb"):
         shutil.copytree(ROOT / name, place.code / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
     place.files("pyproject.toml", "settings.ini", "setup.py", "README.md")
-    quarto = '[ "$1" != render ] || { mkdir -p _docs && cp _quarto.yml *.ipynb _docs/ && touch _docs/index.html; }'
-    place.stub("quarto", f"#!/usr/bin/env bash\n{quarto}\n")
-    env = {**place.env, "MAINRUN_BIN": str(Path(sys.executable).parent), "PYTHONPATH": str(place.code), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(["bash", script], cwd=place.code, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    pages = {p.name for p in (place.code / "_proc/_docs").glob("*.ipynb")}
-    assert pages == {p.name for p in (ROOT / "nbs").glob("*.ipynb")}
+    pages = docs(place, script, Path(sys.executable).parent, 600)
+    assert pages.keys() == {p.name for p in (ROOT / "nbs").glob("*.ipynb")}
+    assert not [link for page in pages.values() for link in re.findall(r"\]\((?:/blob|\.\./)[^)]*\)", page)], "dead links"
+
+
+@pytest.mark.parametrize("url", ["", "https://git.example.org/me/book"])
+def test_docs_link_to_sources_only_where_the_repository_is_known(place, url):
+    """On what nbdev's own page maker writes for a function, and a chapter's link to a file outside the book."""
+    script = bare_repository(place, ".github/scripts/docs.sh")
+    known = f'[project.urls]\nRepository = "{url}"\n' if url else ""
+    (place.code / "pyproject.toml").write_text(f'[project]\nname = "book"\n{known}[tool.nbdev]\n')
+    source = f'[source]({url}/blob/main/book/a.py#L5){{target="_blank" style="float:right"}}\n\n### f\n\nSee [small](../sweeps/small.yaml).'
+    tools = place.code / ".venv/bin"
+    tools.mkdir(parents=True)
+    (place.code / "page").write_text(json.dumps({"cells": [{"source": source}]}))
+    for name, text in [("nbdev-proc-nbs", "mkdir _proc && cp page _proc/a.ipynb"), ("python", f'exec {sys.executable} "$@"')]:
+        (tools / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tools / name).chmod(0o755)
+    shown = json.loads(docs(place, script, tools, 60)["a.ipynb"])["cells"][0]["source"]
+    assert shown == (source.replace("../", f"{url}/blob/main/") if url else "### f\n\nSee small.")
 
 
 def test_docs_script_says_that_quarto_is_missing(place):
@@ -437,16 +459,15 @@ def test_docs_script_says_that_quarto_is_missing(place):
     assert done.returncode == 2 and "quarto" in done.stderr
 
 
-@pytest.mark.parametrize("titles", [False, True])
-@pytest.mark.parametrize("slow", ["", "0"])
-def test_ci_runs_the_slow_tests_and_finds_the_real_titles(place, titles, slow):
+@pytest.mark.parametrize(("titles", "slow"), [(False, ""), (True, "0")])
+def test_ci_runs_the_slow_tests_with_every_extra_and_finds_the_real_titles(place, titles, slow):
     script = bare_repository(place, ".ci/run")
     place.stub("apt-get", "#!/usr/bin/env bash\nexit 100\n")  # no network: the tests run all the same
-    place.stub("make", '#!/usr/bin/env bash\necho "$1 ${MAINRUN_SLOW:-unset} ${HN_TITLES:-unset}"\n')
+    place.stub("make", '#!/usr/bin/env bash\necho "$* ${MAINRUN_SLOW:-unset} ${HN_TITLES:-unset}"\n')
     path = place.code.parent / "shared/data/hn_titles.txt.gz"
     if titles:
         path.parent.mkdir(parents=True)
         path.touch()
     env = {**place.env, **({"MAINRUN_SLOW": slow} if slow else {})}
     done = subprocess.run(["bash", script], cwd="/", env=env, capture_output=True, text=True)
-    assert done.stdout.split() == ["test", slow or "1", str(path) if titles else "unset"], done.stderr
+    assert done.stdout.split() == [".venv/.all", "test", slow or "1", str(path) if titles else "unset"], done.stderr
