@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ATTENTIONS', 'TokenInfo', 'allowed', 'title_numbers', 'attend_plain', 'keep_mask', 'dropout', 'Dropout',
-           'attend_fast', 'rotate', 'KVCache', 'AttnCommon', 'heads_of', 'Attention', 'CausalAttention',
-           'register_attention', 'build_attention']
+           'attend_fast', 'AttnCommon', 'heads_of', 'Attention', 'CausalAttention', 'register_attention',
+           'build_attention']
 
 # %% ../nbs/10_attention.ipynb #6f2c896f
 import math
