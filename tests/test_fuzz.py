@@ -296,6 +296,7 @@ def groups() -> list:
     return [pytest.param(r, marks=[pytest.mark.slow] if not asked and r.start >= 100 else [], id=f"{r.start}-{r.stop - 1}") for r in ranges]
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # RMSNorm of a bf16 stream
 @pytest.mark.parametrize("seeds", groups())
 def test_random_models_are_the_oracles(seeds):
     failures = [words for words in map(run_seed, seeds) if words]
