@@ -108,9 +108,9 @@ class Case:
         self.single = self.build()
         self.single.load_state_dict(self.model.state_dict())
         self.weights = {name: w.detach().clone().requires_grad_() for name, w in self.model.state_dict().items()}
-        self.oracle = Oracle(self.cfg, self.weights)
-        self.rope = self.oracle.m.position == "rope"  # computed in float32, the chapter says
-        self.tight = 5e-6 if self.rope else 1e-11
+        self.oracle, self.shaken = Oracle(self.cfg, self.weights), {}
+        rope = self.oracle.m.position == "rope"  # turned in float32, the chapter says
+        self.tight, self.noise = (5e-6, 1e-7) if rope else (1e-11, 0.0)
 
     def build(self, **hyperparams):
         cfg = copy.deepcopy(self.cfg)
@@ -128,23 +128,52 @@ class Case:
             return 0.6 * x
         return x * (self.use["spread"] if "qkv" in name else 1.0) * p.shape[1] ** -0.5
 
+    def shakiness(self, noise: float) -> dict[str, float]:
+        """How far logits and gradients move, when the weights get a relative noise of that size: the most in eight draws."""
+        if noise not in self.shaken:
+            truth, moved = self.truth(self.weights), {"logits": 0.0, "gradients": 0.0}
+            for _ in range(8):
+                other = self.truth({n: w.detach() * (1 + noise * torch.randn_like(w)) for n, w in self.weights.items()})
+                moved = {kind: max(far, distance(other[kind], truth[kind])) for kind, far in moved.items()}
+            self.shaken[noise] = moved
+        return self.shaken[noise]
+
+    def truth(self, weights: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """Logits, and gradients of the loss, with these weights."""
+        oracle = Oracle(self.cfg, {n: w.detach().requires_grad_() for n, w in weights.items()})
+        logits = oracle.logits(self.idx)
+        return {"logits": {"": logits.detach()}, "gradients": gradients(oracle, rdrop_loss([logits], self.targets))}
+
     def sure(self, tolerance: float) -> bool:
         """Whether SparseK's choices are further apart than rounding: a token that is overtaken leaves with a jump (issue 19, 3)."""
         return self.oracle.margin > tolerance
 
 
 def close(found: Tensor, wanted: Tensor, tolerance: float, what: str) -> None:
-    assert found.isfinite().all(), f"{what}: not finite"
-    found, wanted = found.detach().double(), wanted.detach().double()
-    error, scale = float((found - wanted).abs().max()), max(1.0, float(wanted.abs().max()))
-    assert error <= tolerance * scale, f"{what}: differs by {error:.3g} where values reach {scale:.3g}, allowed {tolerance:g} of that"
+    error, scale = abs(float(found.detach()) - float(wanted.detach())), max(1.0, abs(float(wanted.detach())))
+    assert error <= tolerance * scale, f"{what}: {error:.3g} off, allowed {tolerance * scale:.3g}"
 
 
-def close_gradients(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float, what: str) -> None:
-    size = torch.stack([g.double().norm() for g in wanted.values()]).norm()
-    for name, g in wanted.items():
-        error = (found[name].double() - g.double()).norm()
-        assert error <= tolerance * size, f"{what}: gradient of {name} differs by {error:.3g}, all gradients {size:.3g}"
+Named = dict[str, Tensor]
+
+
+def size_of(named: Named) -> float:
+    return float(torch.stack([x.detach().double().norm() for x in named.values()]).norm())
+
+
+def distance(found: Named, wanted: Named) -> float:
+    """The size of the difference over the size of what is wanted."""
+    return size_of({name: found[name].detach().double() - x.detach().double() for name, x in wanted.items()}) / max(size_of(wanted), 1e-9)
+
+
+def judge(case: Case, what: str, kind: str, error: float, bound: float, noise: float = 0.0) -> None:
+    """Fail where `error` is above `bound`, and above what a relative noise of that size in the weights does to the truth itself.
+
+    Narrow norms can make a model so sensitive that plain code is no bound: its error is one draw from a wide distribution.
+    """
+    if error > bound and noise:
+        bound = max(bound, 4 * case.shakiness(noise)[kind])
+    assert error <= bound, f"{what}: {kind} differ by {error:.3g} of their size, allowed {bound:.3g}"
 
 
 def gradients(model, loss: Tensor) -> dict[str, Tensor]:
@@ -162,49 +191,39 @@ def check_values(case: Case) -> None:
     assert case.oracle.used == set(case.weights), f"weights that the oracle has no use for: {set(case.weights) - case.oracle.used}"
     if not case.sure(case.tight):
         return
-    close(logits, wanted, case.tight, "logits")
+    judge(case, "float64", "logits", distance({"": logits}, {"": wanted}), case.tight, case.noise)
     mix = torch.randn_like(wanted)
-    truth = gradients(case.oracle, (wanted * mix).sum())
-    close_gradients(gradients(case.model, (logits * mix).sum()), truth, 10 * case.tight, "logits")
+    apart = distance(gradients(case.model, (logits * mix).sum()), gradients(case.oracle, (wanted * mix).sum()))
+    judge(case, "float64, of a sum", "gradients", apart, 10 * case.tight, case.noise)
     loss = rdrop_loss([wanted], case.targets)
     truth = gradients(case.oracle, loss)
     for chunk in {0, case.model.loss_chunk}:
-        case.model.loss_chunk = chunk
+        case.model.loss_chunk = chunk  # the loss is computed in float32
         ours = case.model(case.idx, case.targets)[1]
         close(ours, loss, 1e-5, f"loss, loss_chunk={chunk}")
-        close_gradients(gradients(case.model, ours), truth, 1e-4, f"loss, loss_chunk={chunk}")
+        judge(case, f"loss_chunk={chunk}", "gradients", distance(gradients(case.model, ours), truth), 1e-4, 1e-7)
         with torch.no_grad():
             close(case.model(case.idx, case.targets, r_drop=3.0)[1], loss, 1e-5, "R-Drop of two equal passes")
 
 
-def size_of(named: dict[str, Tensor]) -> Tensor:
-    return torch.stack([x.double().norm() for x in named.values()]).norm()
-
-
 def check_precision(case: Case) -> None:
     """float32 and bf16 autocast: logits, loss and gradients are not much further from the truth than those of plain code."""
-
-    def both(logits: Tensor, loss: Tensor, model) -> dict[str, dict[str, Tensor]]:
-        return {"logits": {"": logits.detach()}, "gradients": gradients(model, loss)}
-
-    logits = case.oracle.logits(case.idx)
-    true_loss = rdrop_loss([logits], case.targets)
-    truth = both(logits, true_loss, case.oracle)
+    truth = case.truth(case.weights)
+    true_loss = float(rdrop_loss([truth["logits"][""]], case.targets))
     plain = Oracle(case.cfg, {name: w.detach().requires_grad_() for name, w in case.single.state_dict().items()})
-    for what, least, context in (("float32", 5e-6, contextlib.nullcontext()), ("bf16", 0.01, torch.autocast("cpu", torch.bfloat16))):
-        if not case.sure(1e-4 if what == "float32" else 0.05):
+    for what, least, noise, lead in (("float32", 5e-6, 1e-7, 1e-4), ("bf16", 0.01, 4e-3, 0.05)):
+        if not case.sure(lead):
             continue
-        with context:
+        with torch.autocast("cpu", torch.bfloat16, enabled=what == "bf16"):
             logits, loss = plain.logits(case.idx), case.single(case.idx, case.targets)[1]
-            theirs = both(logits, rdrop_loss([logits.to(plain.wide)], case.targets), plain)
-            ours = both(case.single(case.idx)[0], loss, case.single)
+            theirs = {"logits": {"": logits}, "gradients": gradients(plain, rdrop_loss([logits.to(plain.wide)], case.targets))}
+            ours = {"logits": {"": case.single(case.idx)[0]}, "gradients": gradients(case.single, loss)}
         for kind, wanted in truth.items():
-            error, bound = (size_of({n: x[kind][n].double() - w for n, w in wanted.items()}) / size_of(wanted) for x in (ours, theirs))
             kinks = 10 * least if kind == "gradients" and case.oracle.m.activation_function == "relu" else 0  # rounding crosses them
-            bound = 3 * bound + least + kinks
-            assert error <= bound, f"{what}: {kind} are {error:.3g} of their size away from the truth, the bound is {bound:.3g}"
-        apart, scale = abs(float(loss - true_loss)), max(1.0, float(truth["logits"][""].abs().max()))
-        assert loss.dtype == torch.float32 and apart <= 10 * least * scale, f"{what}: the loss is {apart:.3g} away from the truth"
+            judge(case, what, kind, distance(ours[kind], wanted), 3 * distance(theirs[kind], wanted) + least + kinks, noise)
+        assert loss.dtype == torch.float32
+        moves = max(1.0, 4 * case.shakiness(noise)["logits"] / least) if abs(loss - true_loss) > 10 * least else 1.0
+        close(loss, torch.tensor(true_loss), 10 * least * moves, f"{what}: loss")
 
 
 def check_no_leak(case: Case) -> None:
@@ -237,8 +256,9 @@ def check_no_leak(case: Case) -> None:
 
 def check_cache(case: Case) -> None:
     """Fed in random pieces, the model gives what it gives for the whole."""
-    kept = 1e-5 if case.oracle.m.attention_layer == "sparsek" else 0  # that cache keeps scores in float32
-    for model, tolerance in ((case.model, max(case.tight, kept)), (case.single, 1e-4)):
+    kept = 1e-5 if case.oracle.m.attention_layer == "sparsek" else 0.0  # that cache keeps scores in float32
+    double = (case.model, max(case.tight, kept), max(case.noise, kept / 100))
+    for model, tolerance, noise in (double, (case.single, 1e-4, 1e-7)):
         if not case.sure(tolerance):
             continue
         T, at, parts = case.idx.shape[1], 0, []
@@ -248,7 +268,8 @@ def check_cache(case: Case) -> None:
                 n = case.rng.choice([1, 1, 2, 3, 5, 17, T])
                 parts.append(F.linear(model.features(case.idx[:, at : at + n], cache), model.head_weight))
                 at += n
-            close(torch.cat(parts, 1), model(case.idx)[0], tolerance, f"cache, in pieces of {[p.shape[1] for p in parts]}")
+            apart = distance({"": torch.cat(parts, 1)}, {"": model(case.idx)[0]})
+            judge(case, f"cache, in pieces of {[p.shape[1] for p in parts]}", "logits", apart, tolerance, noise)
 
 
 def check_training(case: Case) -> None:
@@ -264,8 +285,8 @@ def check_training(case: Case) -> None:
         passes = [F.linear(h, model.head_weight).double() for h in hidden[0].chunk(2)]
         close(loss, rdrop_loss(passes, case.targets, r), 1e-5, f"R-Drop, loss_chunk={chunk}")
         found.append((loss, gradients(model, loss)))
-    assert abs(found[0][0] - found[1][0]) <= 1e-5 * max(1, found[0][0]), "recomputing activations changes the loss"
-    close_gradients(found[1][1], found[0][1], 1e-4, "recomputed activations and chunks")
+    close(found[1][0], found[0][0], 1e-5, "loss with recomputed activations")
+    judge(case, "recomputed activations and chunks", "gradients", distance(found[1][1], found[0][1]), 1e-4, 1e-7)
 
 
 CHECKS = (check_values, check_precision, check_no_leak, check_cache, check_training)
