@@ -365,7 +365,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'mainrun_nb.scaling.ScalingLaw': ('scaling.html#scalinglaw', 'mainrun_nb/scaling.py'),
                                     'mainrun_nb.scaling.ScalingLaw.__call__': ('scaling.html#scalinglaw.__call__', 'mainrun_nb/scaling.py'),
                                     'mainrun_nb.scaling.ScalingLaw.__str__': ('scaling.html#scalinglaw.__str__', 'mainrun_nb/scaling.py'),
-                                    'mainrun_nb.scaling._batch_curve': ('scaling.html#_batch_curve', 'mainrun_nb/scaling.py'),
                                     'mainrun_nb.scaling._draws': ('scaling.html#_draws', 'mainrun_nb/scaling.py'),
                                     'mainrun_nb.scaling._fit': ('scaling.html#_fit', 'mainrun_nb/scaling.py'),
                                     'mainrun_nb.scaling._folder_values': ('scaling.html#_folder_values', 'mainrun_nb/scaling.py'),
