@@ -110,7 +110,7 @@ class BatchLaw:
         "Predicted steps with batches of so many rows."
         return self.min_steps * (1 + self.critical / np.asarray(batch, float))
 
-# %% ../nbs/33_scaling.ipynb #9b04a3f0
+# %% ../nbs/33_scaling.ipynb #40040417
 def fit_batches(
     batches: Sequence[float],  # batch sizes, in rows; at least three different ones
     steps: Sequence[float],  # steps that each took to reach the same loss
@@ -290,7 +290,7 @@ def _table_row(found: dict[str, Any]) -> dict[str, Any] | None:
     return {"name": row["name"] or "", "n": n, "d": d, "c": 6 * n * d, "loss": loss,
             "epochs": d / float(epoch) if epoch else None, "seed": None if seed in _BLANK else int(seed)}
 
-# %% ../nbs/33_scaling.ipynb #cb21b9c0
+# %% ../nbs/33_scaling.ipynb #336cca68
 def _folder_values(result: Path) -> dict[str, Any]:
     "The named values of a finished run, from its result.json and config.yaml."
     try:
