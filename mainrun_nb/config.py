@@ -321,7 +321,7 @@ def _check_names(node: dict, schema: DictConfig, where: str, path: str = "") -> 
             homes = [f"{s}.{name}" for s in map(str, schema) if not path and name in (schema[s] or ())]
             hint = f" Did you mean '{homes[0]}'?" if homes else did_you_mean(str(name), map(str, schema))
             raise InputError(f"{where}: unknown key '{key}'.{hint}")
-        inner = OmegaConf.is_dict(schema[name])
+        inner = not OmegaConf.is_interpolation(schema, name) and OmegaConf.is_dict(schema[name])  # what stands there is replaced unread
         if inner != isinstance(value, dict):
             raise InputError(f"{where}: '{key}' is a {'section' if inner else 'value'}, found {value!r}")
         out[name] = _check_names(value, schema[name], where, f"{key}.") if inner else value

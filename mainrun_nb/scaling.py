@@ -110,12 +110,7 @@ class BatchLaw:
         "Predicted steps with batches of so many rows."
         return self.min_steps * (1 + self.critical / np.asarray(batch, float))
 
-
-def _batch_curve(log_b: np.ndarray, log_steps: float, log_crit: float) -> np.ndarray:
-    "The logarithm of the law, in logarithms."
-    return log_steps + np.logaddexp(0, log_crit - log_b)
-
-
+# %% ../nbs/33_scaling.ipynb #40040417
 def fit_batches(
     batches: Sequence[float],  # batch sizes, in rows; at least three different ones
     steps: Sequence[float],  # steps that each took to reach the same loss
@@ -127,7 +122,7 @@ def fit_batches(
     if len(set(batches)) < 3:
         raise InputError(f"batch law: needs at least three different batch sizes, found {len(set(batches))}")
     log_b, log_s = np.log(np.asarray(batches, float)), np.log(np.asarray(steps, float))
-    (s, c), cov = curve_fit(_batch_curve, log_b, log_s, p0=(log_s.min(), log_b.mean()))
+    (s, c), cov = curve_fit(lambda b, s, c: s + np.logaddexp(0, c - b), log_b, log_s, p0=(log_s.min(), log_b.mean()))
     reach = float(t.ppf(0.975, len(log_b) - 2)) * cov[1, 1] ** 0.5
     return BatchLaw(math.exp(s), math.exp(c), math.exp(c - min(reach, 50)), math.exp(min(c + reach, 600)))
 
@@ -295,7 +290,7 @@ def _table_row(found: dict[str, Any]) -> dict[str, Any] | None:
     return {"name": row["name"] or "", "n": n, "d": d, "c": 6 * n * d, "loss": loss,
             "epochs": d / float(epoch) if epoch else None, "seed": None if seed in _BLANK else int(seed)}
 
-# %% ../nbs/33_scaling.ipynb #53496b8b
+# %% ../nbs/33_scaling.ipynb #336cca68
 def _folder_values(result: Path) -> dict[str, Any]:
     "The named values of a finished run, from its result.json and config.yaml."
     try:
@@ -307,7 +302,7 @@ def _folder_values(result: Path) -> dict[str, Any]:
     return {**found, "tokens_per_epoch": per_epoch, "name": result.parent.name,
             "batch_size": hp.batch_size, "context_length": hp.context_length}
 
-
+# %% ../nbs/33_scaling.ipynb #53496b8b
 def runs_table(
     source: str | Path,  # a CSV, or a folder with finished runs anywhere below it
 ) -> list[dict[str, Any]]:  # a row per run: name, n, d, c, loss, epochs, seed

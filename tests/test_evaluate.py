@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mainrun_nb.config import InputError, RunError, load_config
+from mainrun_nb.config import InputError, RunError, tiny
 from mainrun_nb.evaluate import challenge_windows, check_floor, coverage, evaluate, total_nats, validation_metrics, windows
 from mainrun_nb.gpt import GPT
 from mainrun_nb.synthetic import floor_nats, sample_titles
@@ -40,8 +40,7 @@ def stream(n, seed=0):
     return torch.randint(3, V, (n,), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("n", [1, 2, 63, 64, 65, 1000, 1037])
-@pytest.mark.parametrize("t", [1, 7, 64])
+@pytest.mark.parametrize("n, t", [(1, 1), (2, 7), (63, 64), (64, 64), (65, 64), (1000, 7), (1037, 64)])
 def test_every_token_is_scored_once_whatever_the_batch(n, t):
     ids, model = stream(n), Scale()
     before = torch.cat([torch.tensor([1]), ids[:-1]])
@@ -79,8 +78,7 @@ def test_the_model_comes_back_as_it_was(mode):
 
 
 def test_features_and_logits_agree_for_a_gpt_inside_autocast():
-    cfg = load_config(overrides=["model_configs.gpt.d_model=16", "model_configs.gpt.hidden_layer=16", "model_configs.gpt.n_layer=1",
-                                 "model_configs.gpt.dropout=0.5", "attn_configs.causal.n_head=2"])
+    cfg = tiny("model_configs.gpt.n_layer=1", "model_configs.gpt.dropout=0.5")
     torch.manual_seed(0)
     model = GPT(cfg.model_configs.gpt, cfg.attn_configs.causal, V, 32)
 
@@ -100,7 +98,7 @@ def test_features_and_logits_agree_for_a_gpt_inside_autocast():
 
 
 @pytest.mark.parametrize(
-    "n, b, t", [(97, 1, 1), (500, 2, 7), (1000, 16, 48), (4097, 32, 128), (8194, 32, 128), (5000, 1, 4999), (3000, 64, 16)]
+    "n, b, t", [(97, 1, 1), (500, 2, 7), (4097, 32, 128), (5000, 1, 4999)]
 )
 def test_challenge_loss_of_equal_logits_is_the_coverage(n, b, t):
     result = evaluate(Equal(), stream(n), TITLES, t, b)
@@ -138,7 +136,7 @@ def test_no_more_rows_at_once_than_in_a_micro_batch():
             return super().forward(x)
 
     setting = ["hyperparams.context_length=16", "hyperparams.batch_size=8"]
-    configs = [load_config(overrides=[*setting, f"hyperparams.grad_accum={n}"]) for n in (1, 4)]
+    configs = [tiny(*setting, "data.source=hackernews", f"hyperparams.grad_accum={n}") for n in (1, 4)]
     whole, parts = (validation_metrics(Watched(), stream(1000), TITLES, cfg) for cfg in configs)
     assert max(seen[: seen.index(2)]) == 8 and set(seen[seen.index(2) :]) == {1, 2}  # the tail of a stream is one row
     assert parts == pytest.approx(whole, rel=1e-6) and parts["val/coverage"] == whole["val/coverage"]
@@ -185,17 +183,16 @@ def letters():
     return titles, tokenizer.stream(titles), tokenizer.vocab_size
 
 
-@pytest.mark.parametrize("trust", [0.9, 0.99, 0.999999])
-def test_a_model_that_sees_ahead_is_caught(letters, trust):
+def test_a_model_that_sees_ahead_is_caught(letters):
     titles, ids, size = letters
-    cfg = load_config(overrides=["data.source=synthetic", "hyperparams.context_length=64", "hyperparams.batch_size=8"])
+    cfg = tiny("hyperparams.context_length=64", "hyperparams.batch_size=8")
     with pytest.raises(RunError, match="leak"):
-        validation_metrics(Oracle(size, trust), ids, titles, cfg)
+        validation_metrics(Oracle(size, 0.9), ids, titles, cfg)
 
 
 def test_an_honest_model_is_not(letters):
     titles, ids, size = letters
-    cfg = load_config(overrides=["data.source=synthetic", "hyperparams.context_length=64", "hyperparams.batch_size=8"])
+    cfg = tiny("hyperparams.context_length=64", "hyperparams.batch_size=8")
     metrics = validation_metrics(Oracle(size, 0.0), ids, titles, cfg)
     chars = len(ids) + 4 * len(titles)  # `<eos>` is one token and five characters
     assert metrics["val/floor"] * chars == pytest.approx(floor_nats(titles))
