@@ -13,12 +13,12 @@ import torch
 
 from mainrun_nb.config import load_config
 from mainrun_nb.memory import measured_peak, simulate_step
+from mainrun_nb.optim import OPTIMIZERS
 
 OUT = Path(__file__).with_name("results") / "memory.json"
 SHAPE = ["model_configs.gpt.d_model=128", "model_configs.gpt.hidden_layer=128", "model_configs.gpt.n_layer=3", "hyperparams.batch_size=8"]
 UNET = ["hyperparams.model_architecture=unet_gpt", "model_configs.unet_gpt.hidden_layer_list=[128,64,128]",
         "model_configs.unet_gpt.d_model=128", "hyperparams.batch_size=8", "model_configs.unet_gpt.skip_connections=true"]
-OPTIMIZERS = ["sgd", "adam", "adamw", "adagrad", "rmsprop", "adafactor", "muon"]
 ATTENTIONS = {
     "causal": [], "bottleneck": ["attn_configs.causal.intermediate_dim=64"],
     "fixed": ["model_configs.gpt.attention_layer=sparse"],
