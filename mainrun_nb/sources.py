@@ -49,7 +49,8 @@ def check_text(
     except UnicodeEncodeError as e:
         half = text[e.start]
         byte = f" (the byte 0x{ord(half) - 0xDC00:02x}, which is not UTF-8)" if "\udc80" <= half <= "\udcff" else ""
-        raise InputError(f"{where} holds half a surrogate pair, {half!a} at character {e.start + 1}, which is not valid Unicode{byte}") from None
+        at = f"{half!a} at character {e.start + 1}"
+        raise InputError(f"{where} holds half a surrogate pair, {at}, which is not valid Unicode{byte}") from None
     return str.__str__(text)
 
 # %% ../nbs/02_sources.ipynb #4955ba4e
