@@ -270,7 +270,7 @@ def _load_folder(path: Path) -> Any:
 # %% ../nbs/02_sources.ipynb #dcc0b4ab
 def _open_source(cfg: Config) -> tuple[Any, str]:
     "The titles of a source that is not synthetic: a list, or rows with columns; and its name for messages."
-    source = cfg.data.source
+    source = check_text(cfg.data.source, "data.source")  # a run writes it down
     if source == "hackernews":
         return _load_hub(cfg.data.revision), f"the hub's {HUB_NAME}"
     if not source.strip():

@@ -10,6 +10,7 @@ import random
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -162,6 +163,9 @@ def test_names_with_odd_characters_make_one_line(tmp_path):
     for source in ("a\nb.txt", "caf\udcc3.txt", "a\0b.txt"):
         cfg.data.source = source
         refusal(load_titles, cfg).encode()
+    cfg.data.source = str(tmp_path / "caf\udcc3.txt")
+    Path(cfg.data.source).write_text("a title\n" * 200)  # a name that no config.yaml could hold
+    assert refusal(load_titles, cfg).startswith("data.source holds half a surrogate pair")
     assert "cannot be a path" in refusal(read_titles, "a\0b.txt")
     (tmp_path / "a.csv").write_text("title\na\n")
     for column in ("a\nb", "\ud83d"):
