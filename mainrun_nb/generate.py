@@ -16,6 +16,22 @@ from torch import Tensor
 
 from .checkpoint import load_run
 from .config import InputError
+from .sources import check_text
+
+# %% ../nbs/26_generate.ipynb #14ddbbe4
+def kept(
+    ranked: Tensor,  # (B, V) logits, best first
+    topk: int,
+    topp: float,
+) -> Tensor:  # (B, V) bool
+    "The ranks that may be drawn: the k best, of them those before which the full distribution has a mass below p."
+    ok = torch.ones_like(ranked, dtype=torch.bool)
+    if topk:
+        ok[:, topk:] = False
+    if topp < 1:
+        mass = ranked.double().softmax(-1).cumsum(-1)  # in double, where it cannot reach p by rounding
+        ok[:, 1:] &= mass[:, :-1] < topp
+    return ok
 
 # %% ../nbs/26_generate.ipynb #66eb6bb1
 def choose(
@@ -25,7 +41,11 @@ def choose(
     topp: float = 1.0,  # keep the best tokens up to this mass; 1 is all
     generator: torch.Generator | None = None,  # of the draw; none: torch's own
 ) -> Tensor:  # (B,)
-    "One token per row, drawn from the tempered and truncated distribution. Raises `InputError` for an option out of range."
+    """One token per row, drawn from the tempered and truncated distribution. Raises `InputError` for an option out of range.
+
+    With `topk` and `topp`, p is a share of the full distribution; in Hugging Face's `generate`, of the k best (chapter 26).
+    Equal logits rank by id; a `topk` beyond the vocabulary is all; at temperature 0 neither limit matters.
+    """
     need("temperature", temperature, temperature >= 0, "0 or more")
     need("topk", topk, topk >= 0, "0 or more")
     need("topp", topp, 0 < topp <= 1, "above 0 and at most 1")
@@ -34,13 +54,9 @@ def choose(
     logits = logits.float() / temperature
     if not topk and topp == 1:
         return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-    ranked, order = logits.sort(dim=-1, descending=True)
-    probs = ranked.softmax(-1)
-    drop = probs.cumsum(-1) - probs >= topp  # the mass before a token already reaches p
-    if topk:
-        drop[:, topk:] = True
-    picked = torch.multinomial(probs.masked_fill(drop, 0.0), 1, generator=generator)
-    return order.gather(1, picked)[:, 0]
+    ranked, order = logits.sort(dim=-1, descending=True, stable=True)
+    probs = ranked.softmax(-1).masked_fill(~kept(ranked, topk, topp), 0.0)
+    return order.gather(1, torch.multinomial(probs, 1, generator=generator))[:, 0]
 
 # %% ../nbs/26_generate.ipynb #58e6cae8
 def need(name: str, value: Any, fits: bool, words: str) -> None:
@@ -74,6 +90,16 @@ def stream_ids(
             return
         idx = token[:, None]
 
+# %% ../nbs/26_generate.ipynb #bda4dcb8
+def opening(tokenizer: Any, prompt: str) -> list[int]:
+    "`<eos>` and the ids of the prompt. Raises `InputError` for a prompt that is no text."
+    return [tokenizer.eos_id, *(tokenizer.encode(prompt) if check_text(prompt, "prompt") else [])]
+
+
+def one_line(text: str) -> str:
+    "The text with single spaces, and none at its ends."
+    return " ".join(text.split())
+
 # %% ../nbs/26_generate.ipynb #3073aad1
 @delegates(stream_ids, but="n")
 def stream_title(
@@ -82,12 +108,21 @@ def stream_title(
     prompt: str = "",  # how the title begins
     **kwargs: Any,
 ) -> Iterator[str]:
-    "Write one title, yielding the text so far after each token."
-    ids = [tokenizer.eos_id, *(tokenizer.encode(prompt) if prompt else [])]
+    """Write one title, yielding the text so far whenever it has grown.
+
+    Each text begins with the one before, and the last is the whole title, as `write_titles` gives it. Raises `InputError` as that does.
+    """
+    ids, shown = opening(tokenizer, prompt), None
+    model.eval()
     for token in stream_ids(model, ids, **kwargs):
         if token.item() != tokenizer.eos_id:
             ids.append(int(token))
-            yield tokenizer.decode(ids[1:])
+            text = one_line(tokenizer.decode(ids[1:]).removesuffix("\ufffd"))
+            if text != shown:
+                yield (shown := text)
+    whole = one_line(tokenizer.decode(ids[1:]))
+    if whole != shown:
+        yield whole
 
 # %% ../nbs/26_generate.ipynb #3d534adb
 @delegates(stream_ids, but="generator")
@@ -99,14 +134,17 @@ def write_titles(
     seed: int = 0,  # same seed, same titles
     **kwargs: Any,
 ) -> list[str]:
-    "Sample titles, each one line with single spaces. Raises `InputError` for options out of range or a prompt longer than the context."
+    """Sample titles, each one line with single spaces.
+
+    Raises `InputError` for options out of range, and for a prompt that is no text or longer than the context.
+    """
     need("seed", seed, 0 <= seed < 2**63, "at least 0 and below 2**63")
-    ids = [tokenizer.eos_id, *tokenizer.encode(prompt)] if prompt else [tokenizer.eos_id]
+    ids = opening(tokenizer, prompt)
     generator = torch.Generator(model.head_weight.device).manual_seed(seed)
     model.eval()
     texts = torch.stack(list(stream_ids(model, ids, n, generator=generator, **kwargs)), 1).tolist()  # (n, new tokens)
     until_eos = [text[: text.index(tokenizer.eos_id)] if tokenizer.eos_id in text else text for text in texts]
-    return [" ".join(tokenizer.decode(ids[1:] + text).split()) for text in until_eos]
+    return [one_line(tokenizer.decode(ids[1:] + text)) for text in until_eos]
 
 # %% ../nbs/26_generate.ipynb #fa564938
 @delegates(write_titles, but="model, tokenizer")

@@ -28,6 +28,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from .config import InputError, check_name
+from .sources import check_text, check_titles
 
 # %% ../nbs/07_tokenizer.ipynb #aa157d3d
 BYTES = [bytes([b]) for b in range(256)]
@@ -60,7 +61,7 @@ _WORD = regex.compile(WORDS)
 
 def words(title: str) -> list[str]:
     "A title cut into words, the first with a space in front as well."
-    return _WORD.findall(f" {title}") if title else []
+    return _WORD.findall(" " + title) if title else []
 
 # %% ../nbs/07_tokenizer.ipynb #a883650c
 SPECIALS = ("<pad>", "<eos>", "<unk>")  # ids 0, 1, 2 in every kind
@@ -73,7 +74,7 @@ def train_bpe(
     "Learn byte-level BPE merges; fewer than asked for if the titles run out of pairs."
     learner = rustbpe.Tokenizer()
     size = max(len(BYTES), vocab_size - len(SPECIALS))
-    learner.train_from_iterator((f" {title}" for title in titles if title), size, pattern=WORDS)
+    learner.train_from_iterator((" " + title for title in check_titles(titles, "titles to train on") if title), size, pattern=WORDS)
     return [bytes(token) for token, _ in learner.get_mergeable_ranks()]
 
 # %% ../nbs/07_tokenizer.ipynb #c126abad
@@ -102,13 +103,21 @@ class Tokenizer:
         self.vocab_size = len(self.tokens)  # the size of a model's output
         self.meta: dict[str, Any] = {}  # what it was trained on, and what it loses
 
-    def encode(self, text: str) -> list[int]:
-        "The ids of one text, without `<eos>`."
+    def _encode(self, text: str) -> list[int]:
+        "Each kind's own way to cut a text that is one."
         raise NotImplementedError
 
+    def _encode_titles(self, titles: list[str]) -> np.ndarray:
+        "The plain form of the stream; each kind has a faster one."
+        return np.fromiter(chain.from_iterable((*self._encode(title), self.eos_id) for title in titles), dtype=np.int32)
+
+    def encode(self, text: str) -> list[int]:
+        "The ids of one text, without `<eos>`. Raises `InputError` for what is no text."
+        return self._encode(check_text(text, "the text to encode"))
+
     def encode_titles(self, titles: Sequence[str]) -> np.ndarray:  # (tokens,) int32
-        "The titles as one stream, each followed by `<eos>`."
-        return np.fromiter(chain.from_iterable((*self.encode(title), self.eos_id) for title in titles), dtype=np.int32)
+        "The titles as one stream, each followed by `<eos>`. Raises `InputError` for what is no text."
+        return self._encode_titles(check_titles(titles, "titles to encode"))
 
     def decode(self, ids: Iterable[int]) -> str:
         "The text; special tokens by their names, and without the one space in front of each title."
@@ -152,15 +161,13 @@ class BPETokenizer(Tokenizer):
     def _encoding(self, text: str) -> tiktoken.Encoding:
         return self._careful if _GAP.search(text) else self._quick
 
-    def encode(self, text: str) -> list[int]:
-        "The ids of one text, without `<eos>`."
-        return self._encoding(f" {text}").encode_ordinary(f" {text}") if text else []
+    def _encode(self, text: str) -> list[int]:
+        return self._encoding(" " + text).encode_ordinary(" " + text) if text else []
 
-    def encode_titles(self, titles: Sequence[str]) -> np.ndarray:  # (tokens,) int32
-        "The titles as one stream, each followed by `<eos>`."
-        if any("<eos>" in title for title in titles):
-            return super().encode_titles(titles)
-        text = "".join(f" {title}<eos>" if title else "<eos>" for title in titles)
+    def _encode_titles(self, titles: list[str]) -> np.ndarray:
+        text = "<eos>".join([*(" " + title if title else "" for title in titles), ""])
+        if text.count("<eos>") > len(titles):  # in a title, too
+            return super()._encode_titles(titles)
         return self._encoding(text).encode_to_numpy(text, allowed_special={"<eos>"}, disallowed_special=()).astype(np.int32)
 
 # %% ../nbs/07_tokenizer.ipynb #d7b67534
@@ -173,7 +180,7 @@ def train_challenge(
     original.pre_tokenizer = pre_tokenizers.ByteLevel()
     original.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(SPECIALS), show_progress=False)
-    original.train_from_iterator(titles, trainer)
+    original.train_from_iterator(check_titles(titles, "titles to train on"), trainer)
     return original
 
 # %% ../nbs/07_tokenizer.ipynb #500fd4d8
@@ -203,13 +210,11 @@ class ChallengeTokenizer(BPETokenizer):
         ids = self._encoding(spaced).encode_to_numpy(spaced, allowed_special="all").astype(np.int32)
         return np.where(ids < self.vocab_size, ids, np.int32(self.unk_id))
 
-    def encode(self, text: str) -> list[int]:
-        "The ids of one text; special tokens written in it are taken for such, as in the original."
+    def _encode(self, text: str) -> list[int]:  # special tokens written in it are taken for such, as in the original
         return self._array(text).tolist()
 
-    def encode_titles(self, titles: Sequence[str]) -> np.ndarray:  # (tokens,) int32
-        "The ids of the titles joined by `<eos>`, with one at the end."
-        return self._array("".join(f"{title}<eos>" for title in titles))
+    def _encode_titles(self, titles: list[str]) -> np.ndarray:
+        return self._array("<eos>".join([*titles, ""]))
 
 # %% ../nbs/07_tokenizer.ipynb #5df41bd5
 def lost(
@@ -246,6 +251,7 @@ def train_unigram(
     vocab_size: int,  # ids in all: specials, bytes and longer tokens
 ) -> dict[bytes, float]:  # token -> log-probability; ids from 3 on, in this order
     "Learn a unigram model over bytes; fewer tokens than asked for if the titles have no more."
+    titles = check_titles(titles, "titles to train on")
     counts = Counter(disguise(word.encode()) for title in titles for word in words(title)) or Counter([disguise(b" ")])
     feed = chain.from_iterable([word] * n + [word + _MARK] * (n > 1) for word, n in counts.items())
     longer = max(0, vocab_size - len(SPECIALS) - len(BYTES))
@@ -269,17 +275,15 @@ class UnigramTokenizer(Tokenizer):
         names = [*(f"\0{name}" for name in SPECIALS), *map(disguise, self.tokens[len(SPECIALS) :])]
         self._model = tokenizers.Tokenizer(models.Unigram(list(zip(names, [0.0] * len(SPECIALS) + self.scores, strict=True))))
 
-    def encode(self, text: str) -> list[int]:
-        "The ids of one text, without `<eos>`."
+    def _encode(self, text: str) -> list[int]:
         return [i for word in words(text) for i in self._model.encode(disguise(word.encode())).ids]
 
-    def encode_titles(self, titles: Sequence[str]) -> np.ndarray:  # (tokens,) int32
-        "The titles as one stream, each followed by `<eos>`."
-        cuts = [words(title) for title in titles]
+    def _encode_titles(self, titles: list[str]) -> np.ndarray:
+        cuts = [[*words(title), ""] for title in titles]  # an empty word for the end of a title
         known = list(dict.fromkeys(chain.from_iterable(cuts)))
         found = self._model.encode_batch([disguise(word.encode()) for word in known])
-        ids = {word: one.ids for word, one in zip(known, found, strict=True)}
-        stream = chain.from_iterable(chain(*(ids[word] for word in cut), (self.eos_id,)) for cut in cuts)
+        ids = {word: one.ids for word, one in zip(known, found, strict=True)} | {"": [self.eos_id]}
+        stream = chain.from_iterable(map(ids.__getitem__, chain.from_iterable(cuts)))
         return np.fromiter(stream, dtype=np.int32)
 
 # %% ../nbs/07_tokenizer.ipynb #44243d71
@@ -311,13 +315,14 @@ def train_tokenizer(
     kind: str = "bpe",  # bpe, unigram, challenge
     vocab_size: int = 16_000,  # ids wanted; what came of it is the tokenizer's own `vocab_size`
 ) -> Tokenizer:
-    "A tokenizer trained on these titles. Raises `InputError` for an unknown kind, no titles, or fewer than 4 ids."
+    "A tokenizer trained on these titles. Raises `InputError` for an unknown kind, no titles, what is no text, or fewer than 4 ids."
+    train, val = check_titles(train_titles, "training titles"), check_titles(val_titles, "validation titles")
     kind = check_name(kind, KINDS, "tokenizer.kind")
     if vocab_size < 4:
         raise InputError(f"hyperparams.vocab_size: must be 4 or more, found {vocab_size}")
-    if not train_titles:
+    if not train:
         raise InputError("the tokenizer has no titles to train on")
-    tokenizer = _fit(kind, train_titles, val_titles, vocab_size)
+    tokenizer = _fit(kind, train, val, vocab_size)
     tokenizer.meta = dict(kind=kind, vocab_size=tokenizer.vocab_size, asked=vocab_size) | tokenizer.meta
     return tokenizer
 

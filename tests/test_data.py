@@ -10,6 +10,7 @@ import random
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ import torch
 from mainrun_nb import data, sources
 from mainrun_nb.config import InputError, load_config
 from mainrun_nb.data import fingerprint, get_batch, joined_chars, ngram_losses, split_titles, steps_per_epoch
-from mainrun_nb.sources import HUB_NAME, draw, load_titles, read_titles
+from mainrun_nb.sources import HUB_NAME, check_text, check_titles, draw, load_titles, read_titles
 
 PIN = load_config().data.revision
 
@@ -103,6 +104,12 @@ def test_other_column_and_home(tmp_path, monkeypatch):
     ("a.jsonl", b'{"title": "x"}\n{"titel": "y"}\n', "line 2: no column 'title' (data.column). Did you mean 'titel'"),
     ("a.jsonl", b'{"title": null}\n', "title 1 is None, not text"),
     ("a.jsonl", b"[" * 100_000, "not valid JSON"),
+    ("a.jsonl", b'{"title": "a"}\n{"title": "x\\ud83d"}\n', "title 2 holds half a surrogate pair, '\\ud83d' at character 2"),
+    ("a.jsonl", b'{"title": "\\ude00\\ud83d"}\n', "title 1 holds half a surrogate pair"),
+    ("a.jsonl", b'{"title": ["a"]}\n', "title 1 is ['a'], not text"),
+    ("a.jsonl", b'{"title": "a\xed\xa0\xbd"}\n', "line 1: not UTF-8"),  # half a pair in the manner of CESU-8
+    ("a.txt", b"fine\na\xed\xa0\xbd\xed\xb8\x80\n", "line 2: not UTF-8"),
+    ("a.csv", b"title\ncaf\xc3\n", "line 2: not UTF-8"),
     ("a.parquet", b"PAR1 but not really PAR1", "not a whole Parquet file"),
     ("a.tsv", b"title\n", "unknown kind"),
     ("a", b"title\n", "unknown kind"),
@@ -112,6 +119,14 @@ def test_bad_files(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     text = refusal(load_titles, config(tmp_path / name))
     assert name in text and words in text
+
+
+def half_a_character():
+    "A Parquet column of two texts, the second of which is none."
+    import pyarrow as pa
+
+    offsets = np.array([0, 1, 3], dtype=np.int32).tobytes()
+    return pa.Array.from_buffers(pa.string(), 2, [None, pa.py_buffer(offsets), pa.py_buffer(b"a\xc3x")])
 
 
 def test_bad_parquet(tmp_path, titles):
@@ -126,8 +141,35 @@ def test_bad_parquet(tmp_path, titles):
     assert "title 1 is 1, not text" in refusal(read_titles, path)
     pq.write_table(pa.table({"title": ["a", None]}), path)
     assert "title 2 is None" in refusal(read_titles, path)
+    pq.write_table(pa.table({"title": [b"a"]}), path)
+    assert "title 1 is b'a', not text" in refusal(read_titles, path)
+    pq.write_table(pa.table({"title": half_a_character()}), path)
+    assert "a title is not UTF-8 text (byte 0xc3)" in refusal(read_titles, path)
     pq.write_table(pa.table({"titles": ["a"]}), path)
     assert "Did you mean 'titles'" in refusal(read_titles, path)
+
+
+def test_every_character_is_text_but_half_a_pair(tmp_path):
+    "Pairs in JSON are one character; zero and control characters come through where the format can carry them."
+    (tmp_path / "a.jsonl").write_text(r'{"title": "a\ud83d\ude00"}' + "\n" + r'{"title": "b\u0000\u001b[31m\u0085c"}')
+    assert read_titles(tmp_path / "a.jsonl") == ["a😀", "b\0\x1b[31m\x85c"]
+    odd = ["a\0b", "\x1b[31m", "\ufffe\uffff\U0010ffff", "\u202eright to left", "e\u0301", "<eos>"]
+    assert read_titles(write(tmp_path / "t.parquet", odd)) == odd
+    assert [check_text(title, "x") for title in odd] == check_titles(odd, "x") == odd
+
+
+def test_names_with_odd_characters_make_one_line(tmp_path):
+    cfg = load_config()
+    for source in ("a\nb.txt", "caf\udcc3.txt", "a\0b.txt"):
+        cfg.data.source = source
+        refusal(load_titles, cfg).encode()
+    cfg.data.source = str(tmp_path / "caf\udcc3.txt")
+    Path(cfg.data.source).write_text("a title\n" * 200)  # a name that no config.yaml could hold
+    assert refusal(load_titles, cfg).startswith("data.source holds half a surrogate pair")
+    assert "cannot be a path" in refusal(read_titles, "a\0b.txt")
+    (tmp_path / "a.csv").write_text("title\na\n")
+    for column in ("a\nb", "\ud83d"):
+        refusal(read_titles, tmp_path / "a.csv", column).encode()
 
 
 def test_too_few(tmp_path):
@@ -193,8 +235,14 @@ def test_folder_in_the_hubs_layout(tmp_path, hub_cache, titles):
 
 
 def test_folders_that_are_something_else(tmp_path, hub_cache):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     (tmp_path / "empty").mkdir()
     assert "not a folder in the hub's layout" in refusal(load_titles, config(tmp_path / "empty"))
+    (tmp_path / "half").mkdir()
+    pq.write_table(pa.table({"title": half_a_character()}), tmp_path / "half" / "t.parquet")
+    assert "a title is not UTF-8 text" in refusal(load_titles, config(tmp_path / "half", 2))
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test.csv").write_text("title\na\nb\n")
     assert "train" in refusal(load_titles, config(tmp_path / "tests"))

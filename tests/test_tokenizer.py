@@ -114,6 +114,94 @@ def test_round_trip_of_any_unicode(trained: dict[str, Tokenizer], kind: str) -> 
     assert [tokenizer.decode(part) for part in parts] == texts
 
 
+def unicode(n: int, seed: int) -> list[str]:
+    "Texts from all planes, most of them from a few neighbouring code points, with marks, joiners, controls and literals; no surrogates."
+    rng = random.Random(seed)
+    marks = "\u0301\u0308\u20dd\u200d\u200e\u200f\u202e\u2066\u2069\ufe0f\U000e0041\U0001f3fd\0\x1b\x85 \t\n"
+
+    def part() -> str:
+        if rng.random() < 0.1:
+            return rng.choice(LITERALS)
+        start = rng.choice([rng.randrange(0x250), rng.randrange(0x3000), rng.randrange(0x10000), rng.randrange(0x110000)])
+        codes = [min(start + rng.randrange(64), 0x10FFFF) for _ in range(rng.randint(1, 6))]
+        return "".join(chr(c) + rng.choice(marks) * (rng.random() < 0.2) for c in codes if not 0xD800 <= c < 0xE000)
+
+    ends = ["", "", " ", "  ", "\n", "\u3000"]
+    return [rng.choice(ends) + "".join(part() for _ in range(rng.randint(0, 6))) + rng.choice(ends) for _ in range(n)]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_round_trip_of_2_000_texts_from_all_planes(trained: dict[str, Tokenizer], kind: str) -> None:
+    for text in unicode(2_000, 19):
+        assert trained[kind].decode(trained[kind].encode(text)) == text, ascii(text)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_round_trip_of_every_code_point(trained: dict[str, Tokenizer], kind: str) -> None:
+    "All 1,112,064 of them, in titles of 1,024."
+    codes = [c for c in range(0x110000) if not 0xD800 <= c < 0xE000]
+    texts = ["".join(map(chr, codes[at : at + 1_024])) for at in range(0, len(codes), 1_024)]
+    stream = trained[kind].encode_titles(texts)
+    assert trained[kind].decode(stream) == "<eos>".join(texts) + "<eos>"
+
+
+NO_TEXT = ["caf\udcc3", "\ud83d", "\ude00\ud83d", "\ud83d\ude00", "<eos>\udc80", None, b"caf\xc3", b"", 7, 1.5, ["a"], np.array(["a", "b"])]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bad", NO_TEXT, ids=ascii)
+def test_what_is_no_text_is_refused_alike_everywhere(trained: dict[str, Tokenizer], kind: str, bad) -> None:
+    "One line that says where; the same for every kind, for a text, for titles, and in training."
+    calls = {
+        "the text to encode ": lambda: trained[kind].encode(bad),
+        "titles to encode: title 2 ": lambda: trained[kind].encode_titles(["a", bad, None]),
+        "training titles: title 3 ": lambda: train_tokenizer(["a", "<eos>", bad], (), kind, 300),
+        "validation titles: title 1 ": lambda: train_tokenizer(["a"], [bad], kind, 300),
+    }
+    said = set()
+    for where, call in calls.items():
+        with pytest.raises(InputError) as caught:
+            call()
+        message = str(caught.value)
+        assert message.startswith(where) and "\n" not in message and message.isascii()
+        said.add(message.removeprefix(where))
+    assert len(said) == 1 and said.pop().startswith("holds half a surrogate pair" if isinstance(bad, str) else "is ")
+
+
+@pytest.mark.parametrize("train", [tk.train_bpe, tk.train_unigram, train_challenge])
+def test_the_trainers_alone_refuse_too(train) -> None:
+    for bad in ("\ud83d", None):
+        with pytest.raises(InputError, match="titles to train on: title 2 "):
+            train(iter(["a", bad]), 300)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_titles_are_a_list_of_texts(trained: dict[str, Tokenizer], kind: str) -> None:
+    "Not one text, which is a list of characters; but any iterable, and subclasses of `str` for their text."
+    tokenizer, titles = trained[kind], ["Show HN", "", "日本 😀", "\0\x1b\x85"]
+    for bad in ("Show HN", b"Show HN", None, 3):
+        with pytest.raises(InputError, match="expected a list of titles, found a "):
+            tokenizer.encode_titles(bad)
+        with pytest.raises(InputError, match="training titles: expected a list"):
+            train_tokenizer(bad, (), kind, 300)
+
+    class Odd(str):
+        def __str__(self) -> str:
+            return "something else"
+
+        __repr__ = __str__
+
+        def __format__(self, spec: str) -> str:
+            return "something else"
+
+    want = tokenizer.encode_titles(titles).tolist()
+    for same in (tuple(titles), iter(titles), np.array(titles), [*map(Odd, titles)], [*map(np.str_, titles)]):
+        assert tokenizer.encode_titles(same).tolist() == want
+    for title in titles:
+        assert tokenizer.encode(Odd(title)) == tokenizer.encode(np.str_(title)) == tokenizer.encode(title)
+    assert train_tokenizer(np.array(titles), (), kind, 300).tokens == train_tokenizer(titles, (), kind, 300).tokens
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_stream_is_the_titles_one_by_one(trained: dict[str, Tokenizer], kind: str) -> None:
     titles, tokenizer = sample_titles(200, 3) + ["", "¿ñ?"] + fuzz(200, 3), trained[kind]
