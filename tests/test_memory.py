@@ -13,6 +13,7 @@ spec = importlib.util.spec_from_file_location("bench_memory", ROOT / "benchmarks
 bench = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(bench)
 
+ONE, TWO = ([*bench.SHAPE, f"model_configs.gpt.n_layer={n}"] for n in (1, 2))  # blocks
 CASES = ["causal, adafactor", "causal, muon", "bottleneck, bf16", "fixed, plain", "strided, title mask", "local, checkpointing",
          "sparsek, accumulate", "sparsek, checkpointing", "unet, r_drop"]
 
@@ -20,19 +21,19 @@ CASES = ["causal, adafactor", "causal, muon", "bottleneck, bf16", "fixed, plain"
 @pytest.mark.parametrize("name", CASES)
 def test_prediction(name):
     """Within 1 % of the allocator's peak; a small vocabulary keeps this quick. Rows long enough for SparseK to select."""
-    cfg = load_config(overrides=[*bench.grid()[name][0], "hyperparams.context_length=96"])
+    cfg = load_config(overrides=[*bench.grid()[name][0], "model_configs.gpt.n_layer=2", "hyperparams.context_length=96"])
     assert simulate_step(cfg, 4000)[0]["total"] == pytest.approx(measured_peak(cfg, 4000), rel=0.01)
 
 
 def test_tied_weights_and_buffers_once():
-    tied, untied = (simulate_step(load_config(overrides=[*bench.SHAPE, f"model_configs.gpt.tied={t}"]), 3000)[0] for t in ("true", "false"))
+    tied, untied = (simulate_step(load_config(overrides=[*TWO, f"model_configs.gpt.tied={t}"]), 3000)[0] for t in ("true", "false"))
     assert untied["parameters"] - tied["parameters"] == 4 * 3000 * 128
 
 
 @pytest.mark.parametrize(("optimizer", "state"), [("sgd", 0), ("adagrad", 4), ("rmsprop", 4), ("adam", 8), ("adamw", 8)])
 def test_optimizer_state(optimizer, state):
     """The formula's bytes per parameter are the simulation's, apart from the optimizers' step counters."""
-    cfg = load_config(overrides=[*bench.SHAPE, f"hyperparams.optimizer={optimizer}"])
+    cfg = load_config(overrides=[*TWO, f"hyperparams.optimizer={optimizer}"])
     parts = simulate_step(cfg, 3000)[0]
     assert parts["optimizer"] == pytest.approx(state / 4 * parts["parameters"], abs=1000)
     assert explain(cfg, 3000)["optimizer"] == state / 4 * parts["parameters"]
@@ -40,7 +41,7 @@ def test_optimizer_state(optimizer, state):
 
 def test_units():
     """GB are 10^9 bytes, everywhere."""
-    cfg = load_config(overrides=[*bench.SHAPE, "hyperparams.memory_budget_gb=1.5"])
+    cfg = load_config(overrides=[*TWO, "hyperparams.memory_budget_gb=1.5"])
     assert memory_budget(cfg) == 1_500_000_000
     line = next(row for row in estimate_memory(cfg, vocab_size=3000).table().splitlines() if row.startswith("total"))
     assert float(line.split()[1]) == pytest.approx(estimate_memory(cfg, vocab_size=3000).peak_bytes / 1e6, abs=0.01)
@@ -54,7 +55,7 @@ def with_budget(cfg, budget):
 @pytest.mark.parametrize(("share", "grad_accum"), [(0.85, 1), (0.65, 2)])
 def test_refusal_says_what_fits_and_it_does(share, grad_accum):
     hp = ["hyperparams.optimizer=adamw", "hyperparams.context_length=64", f"hyperparams.grad_accum={grad_accum}"]
-    cfg = load_config(overrides=[*bench.SHAPE, *hp])
+    cfg = load_config(overrides=[*ONE, *hp])
     tight = with_budget(cfg, estimate_memory(cfg, vocab_size=3000).peak_bytes * share)
     says = r"needs .* GB, the budget is .* GB; hyperparams.batch_size=\d+ would fit, or hyperparams.grad_accum=\d+"
     with pytest.raises(InputError, match=says) as e:
@@ -69,15 +70,15 @@ def test_refusal_says_what_fits_and_it_does(share, grad_accum):
     ["hyperparams.title_mask=true"], ["hyperparams.amp_bool=true", "hyperparams.context_length=512"]])
 def test_no_run_that_barely_fits_is_waved_through(extra):
     """Where an attention table is kept, it dwarfs what the formulas know of; the short cut must see that it might be."""
-    long = ["hyperparams.batch_size=2", "hyperparams.context_length=2048", "model_configs.gpt.n_layer=1", "model_configs.gpt.dropout=0"]
-    cfg = load_config(overrides=[*bench.SHAPE, *long, *extra])
+    long = ["hyperparams.batch_size=2", "hyperparams.context_length=2048", "model_configs.gpt.dropout=0"]
+    cfg = load_config(overrides=[*ONE, *long, *extra])
     peak = estimate_memory(cfg, vocab_size=500).peak_bytes
     assert check_budget(with_budget(cfg, peak), 500)["method"] == "simulated"
 
 
 def test_each_process_is_given_its_share():
     """Of the rows, and on a CPU of the memory; the advice speaks of the whole batch again."""
-    cfg = load_config(overrides=[*bench.SHAPE, "hyperparams.optimizer=adamw", "hyperparams.context_length=64"])
+    cfg = load_config(overrides=[*ONE, "hyperparams.optimizer=adamw", "hyperparams.context_length=64"])
     half = estimate_memory(replace(cfg, hyperparams=replace(cfg.hyperparams, batch_size=4)), vocab_size=3000).peak_bytes
     assert check_budget(with_budget(cfg, 2 * half), 3000, processes=2)["predicted_bytes"] == half
     with pytest.raises(InputError, match=r"hyperparams.batch_size=4 would fit"):
@@ -86,6 +87,6 @@ def test_each_process_is_given_its_share():
 
 @pytest.mark.parametrize("attention", ["causal", "sparse", "sparsek"])
 def test_inference(attention):
-    cfg = load_config(overrides=[*bench.SHAPE, f"model_configs.gpt.attention_layer={attention}"])
+    cfg = load_config(overrides=[*TWO, f"model_configs.gpt.attention_layer={attention}"])
     one, four = (inference_memory(cfg, 3000, texts) for texts in (1, 4))
     assert one["parameters"] == four["parameters"] and four["cache"] == pytest.approx(4 * one["cache"], rel=0.01)

@@ -1,6 +1,8 @@
 """Optimizers, schedules and the training step: what must hold for each of them, beyond the chapter's own checks."""
 import copy
+import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -41,6 +43,9 @@ def config(**hyperparams) -> Config:
     return cfg
 
 
+HP = config().hyperparams
+
+
 def setup(seed: int = 0, **hyperparams):
     """Model, optimizer and hyperparameters, the same for the same seed."""
     cfg = config(**{"lr": 0.01, "weight_decay": 0.1, "momentum": 0.5, **hyperparams})
@@ -72,7 +77,7 @@ def poison(model: nn.Module) -> None:
 # --- parameter groups ---
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["adamw", "muon"])  # Muon alone has groups of its own
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_parameter_is_in_exactly_one_group(name, tied):
     cfg = config(optimizer=name, weight_decay=0.1)
@@ -152,12 +157,10 @@ def test_adafactor_equals_torch():
 # --- names ---
 
 
-@pytest.mark.parametrize("name", [*NAMES, *(n.upper() for n in NAMES), "AdamW", "RMSprop", "Adafactor"])
-def test_names_of_optimizers_in_any_case(name):
-    assert isinstance(setup(optimizer=name)[1], torch.optim.Optimizer)
-
-
-def test_unknown_names_list_the_known_ones():
+def test_names_set_after_loading():
+    """In any case, as in a file; an unknown one is answered with those that are known, in one line."""
+    assert type(setup(optimizer="ADAMW")[1]) is torch.optim.AdamW
+    assert lr_factor(5, 10, config(scheduler="Cosine").hyperparams) == 0.5
     for key, build, known in [
         ("optimizer", lambda: setup(optimizer="lion"), OPTIMIZERS),
         ("scheduler", lambda: lr_factor(0, 10, config(scheduler="poly").hyperparams), SCHEDULERS),
@@ -170,8 +173,7 @@ def test_unknown_names_list_the_known_ones():
 # --- schedules ---
 
 
-@pytest.mark.parametrize("steps", [1, 7, 100])
-@pytest.mark.parametrize("name", ["cosine", "linear", "step", "none"])
+@pytest.mark.parametrize(("name", "steps"), [("cosine", 7), ("linear", 7), ("step", 7), ("none", 7), ("cosine", 1), ("linear", 1)])
 def test_schedules_equal_torch(name, steps):
     s = torch.optim.lr_scheduler
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
@@ -189,17 +191,20 @@ def test_schedules_equal_torch(name, steps):
 
 
 @pytest.mark.parametrize("name", sorted(SCHEDULERS))
-@pytest.mark.parametrize("warmup", [0.0, 0.1, 0.9])
-@pytest.mark.parametrize("decay", [0.0, 0.3, 0.99])
-def test_schedules_rise_then_never_rise_again(name, warmup, decay):
-    for shape in ["sqrt", "linear"]:
-        hp = config(scheduler=name, warmup=warmup, decay=decay, decay_shape=shape, step_size=10).hyperparams
-        for steps in [1, 3, 40]:
-            factors = [lr_factor(t, steps, hp) for t in range(steps + 3)]
-            start = round(warmup * steps)
-            assert all(0 <= f <= 1 for f in factors)
-            assert factors[:start] == sorted(factors[:start]) and factors[start:] == sorted(factors[start:], reverse=True)
-            assert start == steps or factors[start] == 1
+def test_schedules_rise_then_never_rise_again(name):
+    tails = itertools.product([0.0, 0.3, 0.99], ["sqrt", "linear"]) if name == "wsd" else [(0.3, "sqrt")]  # which no other one reads
+    for warmup, (decay, shape), steps in itertools.product([0.0, 0.1, 0.9], tails, [1, 3, 40]):
+        hp = replace(HP, scheduler=name, warmup=warmup, decay=decay, decay_shape=shape, step_size=10)
+        factors = [lr_factor(t, steps, hp) for t in range(steps + 3)]
+        start = round(warmup * steps)
+        assert all(0 <= f <= 1 for f in factors)
+        assert factors[:start] == sorted(factors[:start]) and factors[start:] == sorted(factors[start:], reverse=True)
+        assert start == steps or factors[start] == 1
+
+
+def test_wsd_falls_over_the_last_share_of_all_steps():
+    hp = replace(HP, scheduler="wsd", warmup=0.2, decay=0.4, decay_shape="linear")
+    assert [lr_factor(t, 10, hp) for t in (0, 1, 2, 6, 7, 8, 9, 10)] == pytest.approx([1 / 3, 2 / 3, 1, 1, 0.75, 0.5, 0.25, 0])
 
 
 # --- the step ---
@@ -247,9 +252,7 @@ def test_an_infinite_loss_with_a_finite_gradient_is_refused_too():
     assert same(before, model.state_dict())
 
 
-@pytest.mark.parametrize("accum", [1, 2])
-@pytest.mark.parametrize("amp", [False, True])
-@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(("accum", "amp", "scaled"), [(1, False, False), (2, False, True), (1, True, True), (2, True, False)])
 def test_gradients_are_zeroed_on_every_path(accum, amp, scaled):
     """A gradient left behind by anything else, an overflow included, must not leak into the step; nor may the step leave one."""
     weights = []
@@ -296,10 +299,10 @@ def test_the_scale_cancels():
     assert same(vars(a), vars(b)) and same(plain[0].state_dict(), scaled[0].state_dict())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["adamw", "muon"])  # the gradient knows of no optimizer: see the next test
 def test_accumulation_equals_the_large_batch(name):
     runs = []
-    for accum in [1, 2, 8]:
+    for accum in [1, 8]:
         model, optimizer, hp = setup(optimizer=name, grad_accum=accum)
         runs.append([train_step(model, optimizer, *batch(t), hp) for t in range(4)])
     for run in runs[1:]:
