@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import AttnCommon, Dropout, TokenInfo, build_attention, title_numbers
-from .config import GPTConfig, SparseKAttnConfig
+from .config import GPTConfig, InputError, SparseKAttnConfig
 from .loss import linear_cross_entropy
 
 # %% ../nbs/15_gpt.ipynb #5de0db31
@@ -42,13 +42,20 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+def mlp_width(width: int, activation: str, ratio: float) -> int:
+    "Inner width of the MLP of a block. Raises `InputError` where it rounds to nothing."
+    inner = round(width * ratio * (2 / 3 if activation == "swiglu" else 1))
+    if inner < 1:
+        raise InputError(f"mlp_ratio: must leave the MLP a width of 1 or more, found {ratio:g} in a block of width {width} ({activation})")
+    return inner
+
+
 class MLP(nn.Module):
     "Two layers on each token alone: (..., width) to (..., width)."
 
     def __init__(self, width: int, activation: str = "gelu", ratio: float = 4.0, bias: bool = True) -> None:
         super().__init__()
-        gated = activation == "swiglu"
-        inner = round(width * ratio * (2 / 3 if gated else 1))
+        gated, inner = activation == "swiglu", mlp_width(width, activation, ratio)
         self.up = nn.Linear(width, inner * (2 if gated else 1), bias=bias)
         self.act = _ACTIVATIONS[activation]()
         self.out = nn.Linear(inner, width, bias=bias)
@@ -138,11 +145,12 @@ class Embedding(nn.Module):
 # %% ../nbs/15_gpt.ipynb #d6931106
 @dataclass
 class GPTCache:
-    "What a model remembers of the text so far: one cache per layer, its length, and the number of `<eos>` seen."
+    "What a model remembers of the text so far: one cache per layer, its length, and the number and the place of the last `<eos>`."
 
     layers: list[Any]
     length: int
     titles: Tensor  # (B, 1)
+    opened: Tensor | None = None  # (B, 1) position of the last `<eos>` of the row, kept where positions restart at it
 
 # %% ../nbs/15_gpt.ipynb #45205ced
 class Decoder(nn.Module):
@@ -156,6 +164,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.cfg, self.vocab_size, self.context_length = cfg, vocab_size, context_length
         self.title_mask, self.checkpoint_activations = title_mask, checkpoint_activations
+        self.check_restart()
         common, widths = AttnCommon(context_length, cfg.dropout, cfg.bias, cfg.position, cfg.output_gate), self.widths()
         self.embed = Embedding(vocab_size, context_length, cfg, widths[0])
         self.blocks = nn.ModuleList(Block(width, cfg, attn_cfg, common) for width in widths)
@@ -165,6 +174,13 @@ class Decoder(nn.Module):
     def widths(self) -> list[int]:
         "The width of each block."
         return [self.cfg.hidden_layer] * self.cfg.n_layer
+
+    def check_restart(self) -> None:
+        "Raise `InputError` for positions that are to restart where nothing would come of it."
+        if self.cfg.restart_positions and self.cfg.position != "learned":
+            raise InputError(f"restart_positions: has no effect with position={self.cfg.position}, which sees only distances inside a title")
+        if self.cfg.restart_positions and not self.title_mask:
+            raise InputError("restart_positions: needs hyperparams.title_mask=true, or the tokens of two titles would share their positions")
 
     def place(self, idx: Tensor, cache: GPTCache | None = None) -> TokenInfo:
         "Positions and titles of the tokens (B, T), after those in the cache, which is told of them; `ValueError` past the context."
@@ -176,6 +192,16 @@ class Decoder(nn.Module):
         if cache:
             cache.length, cache.titles = stop, cache.titles if titles is None else titles[:, -1:]
         return TokenInfo(torch.arange(start, stop, device=idx.device), titles)
+
+    def embed_positions(self, idx: Tensor, positions: Tensor, cache: GPTCache | None) -> Tensor:
+        "Which row of the position table each token gets: its place in the row (T,), or with `restart_positions` in its title (B, T)."
+        if not self.cfg.restart_positions:
+            return positions
+        opened = torch.where(idx == self.eos_id, positions, 0).cummax(1).values  # of the last `<eos>`; 0 before a row's first
+        if cache:
+            opened = opened if cache.opened is None else opened.maximum(cache.opened)
+            cache.opened = opened[:, -1:]
+        return positions - opened
 
     def run_block(self, i: int, x: Tensor, info: TokenInfo, cache: GPTCache | None) -> Tensor:
         "Block `i`: (B, T, width) to (B, T, width)."
@@ -192,7 +218,8 @@ class Decoder(nn.Module):
     def features(self, idx: Tensor, cache: GPTCache | None = None) -> Tensor:
         "Hidden states before the head: (B, T) to (B, T, d_model); with a cache, `idx` continues the text it holds."
         info = self.place(idx, cache)
-        return self.project(self.norm(self.run_blocks(self.embed(idx, info.positions), info, cache)))
+        x = self.embed(idx, self.embed_positions(idx, info.positions, cache))
+        return self.project(self.norm(self.run_blocks(x, info, cache)))
 
 # %% ../nbs/15_gpt.ipynb #cfc66267
 class GPT(Decoder):
@@ -261,7 +288,7 @@ def parameter_formula(
     d, gated, bent = cfg.d_model, cfg.activation_function == "swiglu", cfg.norm == "layernorm" and cfg.bias
     ws = list(widths) or [cfg.hidden_layer] * cfg.n_layer
     line = lambda i, o: i * o + o * cfg.bias  # noqa: E731  a linear layer
-    inner = {w: round(w * cfg.mlp_ratio * (2 / 3 if gated else 1)) for w in ws}
+    inner = {w: mlp_width(w, cfg.activation_function, cfg.mlp_ratio) for w in ws}
     head = {w: attn_cfg.intermediate_dim or w for w in ws}
     gates = sum(line(w, attn_cfg.n_head) for w in ws) if cfg.output_gate else 0
     scorer = sum(w * attn_cfg.n_head + attn_cfg.n_head for w in ws) if isinstance(attn_cfg, SparseKAttnConfig) else 0

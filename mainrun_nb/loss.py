@@ -13,10 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+# %% ../nbs/14_loss.ipynb #07d09c11
+IGNORED = -100  # as a target: this row is not counted (`ignore_index` of PyTorch)
+
+
+def counted_rows(
+    hidden: Tensor,  # (n, d)
+    ignored: Tensor,  # (n, 1) True: the row is not counted
+) -> Tensor:
+    "The rows, with zeros for those that are not counted."
+    return hidden.masked_fill(ignored, 0)
+
 # %% ../nbs/14_loss.ipynb #2ae2c83a
 def loss_sum(
     weight: Tensor,  # (V, d) the head
-    targets: Tensor,  # (N,)
+    targets: Tensor,  # (N,) -100: the row is not counted
     *hidden: Tensor,  # one or two passes of (N, d)
     r_drop: float = 0.0,
 ) -> Tensor:
@@ -24,8 +35,9 @@ def loss_sum(
 
     R-Drop (Liang et al. 2021, arXiv:2106.14448): r_drop / 2 times KL(p, q) + KL(q, p). The paper's alpha is twice `r_drop`.
     """
-    logits = [F.linear(h, weight).float() for h in hidden]  # (N, V)
-    loss = torch.stack([F.cross_entropy(z, targets, reduction="sum") for z in logits]).mean()
+    ignored = (targets == IGNORED)[:, None]
+    logits = [F.linear(counted_rows(h, ignored), weight).float() for h in hidden]  # (N, V)
+    loss = torch.stack([F.cross_entropy(z, targets, reduction="sum", ignore_index=IGNORED) for z in logits]).mean()
     if r_drop:
         p, q = (z.log_softmax(-1) for z in logits)
         loss = loss + r_drop / 2 * ((p.exp() - q.exp()) * (p - q)).sum()
@@ -35,21 +47,23 @@ def loss_sum(
 def softmax_(
     z: Tensor,  # (n, V) logits in float32; become the probabilities
     targets: Tensor,  # (n, 1)
+    ignored: Tensor,  # (n, 1) True: the row is not counted
 ) -> Tensor:  # the summed cross-entropy
     "Cross-entropy of a chunk and its softmax, in place."
     top, picked = z.amax(-1, keepdim=True), z.gather(1, targets)
     p = torch.softmax(z, -1, out=z)
-    return (top - p.amax(-1, keepdim=True).log() - picked).sum()
+    return (top - p.amax(-1, keepdim=True).log() - picked).masked_fill_(ignored, 0).sum()
 
 # %% ../nbs/14_loss.ipynb #df95bf2e
 def logit_gradients_(
     logits: list[Tensor],  # one or two passes of (n, V) in float32; become the gradients
     targets: Tensor,  # (n, 1)
+    ignored: Tensor,  # (n, 1) True: the row is not counted; its logits are equal in both passes, its gradient is not to be used
     r_drop: float = 0.0,
 ) -> Tensor:  # the chunk's `loss_sum`
     "The loss of a chunk of logits, and its gradient with respect to them, in place."
     apart = logits[0] - logits[1] if r_drop else None
-    loss, share = torch.stack([softmax_(z, targets) for z in logits]).mean(), 1 / len(logits)
+    loss, share = torch.stack([softmax_(z, targets, ignored) for z in logits]).mean(), 1 / len(logits)
     if apart is not None:
         (p, q), gap, r = logits, logits[0] - logits[1], r_drop / 2
         at_p, at_q = ((x * apart).sum(-1, keepdim=True) for x in (p, q))
@@ -66,17 +80,19 @@ def logit_gradients_(
 # %% ../nbs/14_loss.ipynb #6ada09e2
 def chunk_gradients(
     head: Tensor,  # (V, d) the weight, in the precision of the matrix products
-    targets: Tensor,  # (n, 1)
+    targets: Tensor,  # (n, 1) -100: the row is not counted
     rows: list[Tensor],  # one or two passes of (n, d), likewise
     d_head: Tensor,  # (V, d) float32: the chunk's share is added to it
     r_drop: float = 0.0,
 ) -> tuple[Tensor, list[Tensor]]:  # `loss_sum`, and its gradient with respect to each of the rows
     "The loss of one chunk of rows and its gradients."
-    logits, d_rows = [(h @ head.T).float() for h in rows], []
-    loss = logit_gradients_(logits, targets, r_drop)
+    ignored, d_rows = targets == IGNORED, []
+    rows = [counted_rows(h, ignored) for h in rows]
+    logits = [(h @ head.T).float() for h in rows]
+    loss = logit_gradients_(logits, targets.masked_fill(ignored, 0), ignored, r_drop)
     for h in rows:
         g = logits.pop(0).to(head.dtype)  # its float32 form is dropped here
-        d_rows.append(g @ head)
+        d_rows.append((g @ head).masked_fill_(ignored, 0))
         if g.dtype == d_head.dtype:
             d_head.addmm_(g.T, h)
         else:
@@ -134,12 +150,13 @@ def _in_chunks(hidden: tuple[Tensor, ...], weight: Tensor, targets: Tensor, chun
 def linear_cross_entropy(
     hidden: tuple[Tensor, ...],  # one or two passes of (N, d)
     weight: Tensor,  # (V, d) the head
-    targets: Tensor,  # (N,)
+    targets: Tensor,  # (N,) -100: the row is not counted
     chunk: int = 512,  # rows of logits alive at once; 0 is all of them
     r_drop: float = 0.0,  # weight of R-Drop's penalty, for two passes
-) -> Tensor:  # scalar, float32
-    "Mean cross-entropy of `hidden @ weight.T` in nats per token, holding `chunk` rows of logits at a time."
+) -> Tensor:  # scalar, float32; nan where no row is counted
+    "Mean cross-entropy of `hidden @ weight.T` in nats per counted token, holding `chunk` rows of logits at a time."
+    count = (targets != IGNORED).sum()
     if chunk and len(targets) > chunk:
         eager = torch.compiler.disable(_in_chunks) if torch.compiler.is_compiling() else _in_chunks
-        return eager(hidden, weight, targets, chunk, r_drop) / len(targets)
-    return loss_sum(weight, targets, *hidden, r_drop=r_drop) / len(targets)
+        return eager(hidden, weight, targets, chunk, r_drop) / count
+    return loss_sum(weight, targets, *hidden, r_drop=r_drop) / count

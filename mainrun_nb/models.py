@@ -6,13 +6,15 @@
 __all__ = ['register_model', 'build_model', 'count_parameters']
 
 # %% ../nbs/17_models.ipynb #81f913a9
+import os
 from typing import Any
 
+import torch
 from torch import nn
 
 from . import moved, sparse_attention, sparsek_stream
-from .config import Config, GPTConfig, InputError, UnetGPTConfig, check_name, register_section
-from .gpt import GPT
+from .config import Config, GPTConfig, InputError, UnetGPTConfig, check_name, check_values, register_section
+from .gpt import GPT, parameter_formula
 from .unet_gpt import UNetGPT
 
 # %% ../nbs/17_models.ipynb #c60613b0
@@ -32,6 +34,29 @@ def register_model(
 register_model("gpt", GPT, GPTConfig)
 register_model("unet_gpt", UNetGPT, UnetGPTConfig)
 
+# %% ../nbs/17_models.ipynb #c689e6ef
+LARGEST_MODEL = 10**12  # parameters: four terabytes in float32
+
+
+def room() -> float:
+    "Parameters in float32 that this machine's memory holds; no limit where tensors are made without content."
+    probe = torch.empty(0)
+    if type(probe) is not torch.Tensor or probe.device.type != "cpu" or not hasattr(os, "sysconf"):
+        return LARGEST_MODEL
+    return min(LARGEST_MODEL, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4)
+
+
+def check_size(section: GPTConfig, attn_section: Any, vocab_size: int, context_length: int) -> None:
+    "Raise `InputError` for a model of more parameters than can be, naming the part that has most of them."
+    widths = getattr(section, "hidden_layer_list", ())
+    table = parameter_formula(section, attn_section, vocab_size, context_length, widths)
+    if (total := table.pop("total")) > (most := room()):
+        part = max(table, key=lambda p: table[p])
+        width = "hidden_layer_list" if widths else "hidden_layer"
+        made_by = {"embedding": "vocab_size and d_model", "head": "vocab_size and d_model", "positions": "context_length and d_model",
+                   "mlp": f"{width} and mlp_ratio", "projections": f"d_model and {width}"}.get(part, width)
+        raise InputError(f"{made_by}: make {table[part]:.1e} parameters of the {part}, found {total:.1e} in all; at most {most:.1e}")
+
 # %% ../nbs/17_models.ipynb #f539a257
 def build_model(
     cfg: Config,
@@ -42,7 +67,11 @@ def build_model(
     name = check_name(hp.model_architecture, _MODELS, "hyperparams.model_architecture")
     section = getattr(cfg.model_configs, name)
     attention = check_name(section.attention_layer, attns, f"model_configs.{name}.attention_layer")
+    for key, part in {"hyperparams": hp, f"model_configs.{name}": section, f"attn_configs.{attention}": attns[attention]}.items():
+        check_values(part, f"{key}.")
     try:
+        if isinstance(section, GPTConfig):
+            check_size(section, attns[attention], vocab_size, hp.context_length)
         return _MODELS[name](
             section, attns[attention], vocab_size,
             context_length=hp.context_length, title_mask=hp.title_mask,
