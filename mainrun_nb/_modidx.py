@@ -498,6 +498,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'mainrun_nb/sparse_attention.py'),
                                              'mainrun_nb.sparse_attention._forward': ( 'sparse_attention.html#_forward',
                                                                                        'mainrun_nb/sparse_attention.py'),
+                                             'mainrun_nb.sparse_attention._in_rows': ( 'sparse_attention.html#_in_rows',
+                                                                                       'mainrun_nb/sparse_attention.py'),
                                              'mainrun_nb.sparse_attention._look': ( 'sparse_attention.html#_look',
                                                                                     'mainrun_nb/sparse_attention.py'),
                                              'mainrun_nb.sparse_attention._plain_backward': ( 'sparse_attention.html#_plain_backward',

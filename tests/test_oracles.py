@@ -11,12 +11,13 @@ import torch
 from oracle_gpt import Oracle, paper_sets, sparsek_gates, sparsek_threshold
 from torch import Tensor, nn
 
+from mainrun_nb.attention import attend_fast
 from mainrun_nb.checkpoint import load_run
 from mainrun_nb.config import InputError, SparseAttnConfig, load_config, tiny
 from mainrun_nb.data import load_titles, split_titles
 from mainrun_nb.evaluate import evaluate
 from mainrun_nb.optim import build_optimizer, lr_factor
-from mainrun_nb.sparse_attention import attend_blocks, sparse_mask
+from mainrun_nb.sparse_attention import attend_blocks, attend_sparse, sparse_mask
 from mainrun_nb.sparsek import Selection, sparsek, sparsek_fast, sparsek_plain, sparsek_tau
 from mainrun_nb.trainer import train
 
@@ -253,14 +254,27 @@ def test_a_mask_of_some_rows_is_those_rows():
         assert torch.equal(sparse_mask(cfg, at[11:17], at[:17]), sparse_mask(cfg, at, at)[:, 11:17, :17])
 
 
-@fault("attend_blocks: padding a text to whole blocks keeps the strides, and a last stride other than 1 makes the CPU kernel read "
-       "other memory (the future, or none of ours); RoPE makes such strides for heads of size 2")
-@pytest.mark.parametrize("T", [5, 9])
-def test_blocks_with_any_strides_and_any_length(T):
-    cfg = SparseAttnConfig(n_head=2, attn_type="local", local_attn_ctx=4, sparseblocksize=2)
-    stored = torch.randn(3, 1, T, 2, 2, generator=torch.Generator().manual_seed(0))  # (B, T, D, H), heads innermost
-    q, k, v = stored.permute(0, 1, 4, 2, 3)
-    torch.testing.assert_close(attend_blocks(q, k, v, cfg), attend_blocks(*stored.permute(0, 1, 4, 2, 3).contiguous(), cfg))
+@pytest.mark.parametrize("titled", [False, True])
+@pytest.mark.parametrize("kind", ["all", "local", "strided", "fixed"])
+@pytest.mark.parametrize("T", [5, 8, 9])
+def test_no_attention_minds_strides_or_length(T, kind, titled):
+    """The CPU kernel takes a last stride of 1 for granted; RoPE makes others for heads of size 2, and padding keeps them."""
+    for merged, order in itertools.product((False, True), ((0, 1, 4, 2, 3), (0, 1, 2, 4, 3))):  # heads innermost; numbers by column
+        cfg = SparseAttnConfig(n_head=2, attn_type=kind, merged=merged, local_attn_ctx=4, sparseblocksize=2, vertsize=1, num_verts=1)
+        sizes = dict(zip(order, (3, 2, 2, T, 2), strict=True))
+        stored = torch.randn([sizes[d] for d in range(5)], generator=torch.Generator().manual_seed(0))
+        titles = (torch.arange(T) > 2).long().expand(2, T) if titled else None
+        for attend in (attend_blocks, attend_sparse, lambda q, k, v, *_: attend_fast(q, k, v)):
+            found = [gradients_too(attend, x, cfg, titles) for x in (stored.permute(order), stored.permute(order).contiguous())]
+            for ours, wanted in zip(*found, strict=True):
+                torch.testing.assert_close(ours, wanted)
+
+
+def gradients_too(attend, qkv: Tensor, cfg: SparseAttnConfig, titles: Tensor | None) -> list[Tensor]:
+    """The output, and the gradients of its sum, which come in with strides of 0."""
+    inputs = [x.requires_grad_() for x in qkv.detach().unbind(0)]
+    out = attend(*inputs, cfg, titles)
+    return [out.detach(), *torch.autograd.grad(out.sum(), inputs)]
 
 
 # --- evaluation: DESIGN 6 in thirty lines, on trained models ---
