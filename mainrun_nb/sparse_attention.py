@@ -28,7 +28,10 @@ def sees(
     c: int = 1,  # summary columns per block, in tokens
     vert: int = 0,  # which set of summary columns, counted from the end of the block
 ) -> Tensor:  # bool
-    "Whether key `j` is visible from query `i` in one elementary pattern (Child et al. 2019, section 4.3)."
+    """Whether key `j` is visible from query `i` in one elementary pattern (Child et al. 2019, section 4.3).
+
+    Other than there, local has `span` keys, not `span` + 1, and summary has the earlier blocks and `i` itself, not its own block's columns.
+    """
     if kind == "all":
         return j <= i
     if kind == "local":
