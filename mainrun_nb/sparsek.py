@@ -119,7 +119,10 @@ def competitors(
 
 # %% ../nbs/12_sparsek.ipynb #fd07a532
 def gates(u: Tensor, rule: Selection, titles: Tensor | None = None) -> Tensor:
-    "The weight g of each key for each query: (B, H, T) to (B, H, T, T). 1 for recent tokens, p for the k best older ones, else 0."
+    """The weight g of each key for each query: (B, H, T) to (B, H, T, T). 1 for recent tokens, p for the k best older ones, else 0.
+
+    A token that is overtaken leaves the k best with a gate of at least 1 / (candidates - k + 1): there g jumps.
+    """
     z, rank = competitors(u, rule, titles)
     p = sparsek(z, rule.k).masked_fill(rank >= rule.k, 0.0)
     age, same = ages(u.shape[2], titles, u.device)

@@ -230,6 +230,24 @@ def certificate(u: Tensor, same: Tensor, rule: Selection) -> float:
     return float(right[crowded].double().mean()) if crowded.any() else 1.0
 
 
+@pytest.mark.parametrize("d", [1e-1, 1e-4, 1e-8])
+def test_an_overtaken_token_leaves_with_a_jump(d):
+    """As chapter 12 says: with k places, the k-th best has a gate of at least 1 / (C - k + 1), and at a swap the next one has the same."""
+    rule, v = Selection(1, 4, 1, 4), torch.tensor([1.0, -1.0, 0.0], dtype=torch.double).view(1, 1, 3, 1)
+    q, found = torch.zeros_like(v), []
+    for sign in (1, -1):
+        u = torch.tensor([[[0.5 + sign * d, 0.5 - sign * d, 0.0]]], dtype=torch.double)
+        cached = SparseKCache(1, 1, 1, rule, dtype=torch.double).extend(q, q, v, u, torch.zeros(1, 3, dtype=torch.long))
+        found.append(torch.stack([sparsek_plain(q, q, v, u, rule), sparsek_fast(q, q, v, u, rule)[0], cached])[..., 2, 0].flatten())
+    gate = 0.5 + d
+    torch.testing.assert_close(found[0] - found[1], torch.full((3,), 2 * gate / (1 + gate), dtype=torch.double))
+    for seed, (k, C) in itertools.product(range(20), ((1, 4), (3, 9), (5, 6))):
+        z = torch.randn(C, dtype=torch.double, generator=torch.Generator().manual_seed(seed)).sort(descending=True).values
+        assert sparsek(z, k)[k - 1] >= 1 / (C - k + 1) - 1e-12
+        z[k] = z[k - 1]  # about to be overtaken
+        assert sparsek(z, k)[k - 1] == sparsek(z, k)[k] > 0.99 / (C - k + 1)
+
+
 # --- sparse attention: the paper's sets, and DeepSpeed's layouts ---
 
 SHAPES = [(1, 1, 1), (2, 1, 2), (4, 1, 1), (4, 2, 2), (5, 1, 3), (6, 2, 1), (7, 3, 2), (8, 2, 4), (8, 8, 1)]  # l, c, num_verts
