@@ -28,7 +28,10 @@ def sees(
     c: int = 1,  # summary columns per block, in tokens
     vert: int = 0,  # which set of summary columns, counted from the end of the block
 ) -> Tensor:  # bool
-    "Whether key `j` is visible from query `i` in one elementary pattern (Child et al. 2019, section 4.3)."
+    """Whether key `j` is visible from query `i` in one elementary pattern (Child et al. 2019, section 4.3).
+
+    Other than there, local has `span` keys, not `span` + 1, and summary has the earlier blocks and `i` itself, not its own block's columns.
+    """
     if kind == "all":
         return j <= i
     if kind == "local":
@@ -242,8 +245,14 @@ def _plain_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, e: Te
     return ds @ k, ds.transpose(-2, -1) @ q, dropped.to(g.dtype).transpose(-2, -1) @ g
 
 # %% ../nbs/11_sparse_attention.ipynb #4875faf9
+def _in_rows(*tensors: Tensor) -> list[Tensor]:
+    "The tensors with each row's numbers side by side in memory: the kernel takes that for granted and checks nothing."
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
 def _flash_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, keep: Tensor | None) -> tuple[Tensor, Tensor]:
     "As `_plain_forward`, by the CPU's flash kernel."
+    q, k, v = _in_rows(q, k, v)
     o, e = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias)
     e = e[..., None]
     return o, e if bias is None else e.masked_fill(bias.amax(-1, keepdim=True).isneginf(), float("-inf"))
@@ -252,6 +261,7 @@ def _flash_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal:
 def _flash_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, e: Tensor, bias: Tensor | None, causal: bool,
                     keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     "As `_plain_backward`, by the CPU's flash kernel."
+    g, q, k, v, o = _in_rows(g, q, k, v, o)
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(g, q, k, v, o, e[..., 0], 0.0, causal, attn_mask=bias)
 
 # %% ../nbs/11_sparse_attention.ipynb #256d3bc0
@@ -411,7 +421,7 @@ def attend_blocks(
     "Sparse attention by blocks, exact, for any T; no T x T table is built, unless `all` asks for every pair."
     T = q.shape[2]
     pad = -T % {"all": 1, "local": cfg.sparseblocksize}.get(cfg.attn_type, cfg.local_attn_ctx)
-    q, k, v = (F.pad(x, (0, 0, 0, pad)) if pad else x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = (F.pad(x, (0, 0, 0, pad)) if pad else x for x in (q, k, v))
     kv, numbers, summary = [k, v], None, None
     if titles is not None:
         numbers = F.pad(titles, (0, pad), value=-1)[:, None, :, None]  # (B, 1, T, 1)
@@ -467,7 +477,6 @@ def attend_sparse(
     bias = (sparse_bias(cfg, T, q.device) if bias is None else bias)[:, :, :T, :T]
     if titles is None:
         return attend_fast(q, k, v, bias.to(q.dtype), dropout)
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     return _Attend.apply(dense_pieces(cfg, bias[0] == 0), (titles[:, None, :, None], None), dropout, q, k, v)
 
 # %% ../nbs/11_sparse_attention.ipynb #8aff00d4

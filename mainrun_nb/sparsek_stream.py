@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from .attention import AttnCommon, attend_fast, keep_mask, register_attention
 from .config import SparseKAttnConfig
 from .sparse_attention import save_all, saved_all
-from .sparsek import EDGE, PlainSparseK, Selection, ages, sparsek_tau
+from .sparsek import EDGE, PlainSparseK, Selection, ages, sparsek
 
 # %% ../nbs/13_sparsek_stream.ipynb #725551f5
 @dataclass(frozen=True)
@@ -133,7 +133,8 @@ def break_points(z: Tensor) -> tuple[Tensor, Tensor]:
 class Choice(NamedTuple):
     "What was decided for each query (N, c) and where its candidates rank; plain numbers, no gradient."
 
-    tau: Tensor
+    pivot: Tensor  # the score of the k-th best, -inf where there are no more than k
+    rest: Tensor  # how far tau is below it; NaN for a query with a NaN among the scores of its older tokens
     end: Tensor  # the k best have ranks below this
     full: Tensor  # ranks below this have gate 1 ...
     part: Tensor  # ... and from there to below this, a gate between 0 and 1
@@ -151,10 +152,10 @@ class Candidates:
         "Sort scores of older (G, M) and newer tokens (G, c); among equals the later token stands first. Titles (G,), (G, c), (G, c)."
         c, U = newer.shape[1], older.shape[1] + newer.shape[1]
         z, order = torch.cat((newer.flip(-1), older), 1).sort(dim=1, descending=True, stable=True)
-        filled = z.isfinite()
+        filled = z > -torch.inf
         rank = torch.empty_like(order).scatter_(1, order, torch.arange(U, device=z.device).expand_as(order))
-        low = torch.where(filled, z, torch.inf).amin(1, keepdim=True) - 2  # an empty place of the older tokens stands here
-        self.z = torch.maximum(z, low).double()  # (G, U) falling
+        gap = (z[:, :-1].double() - z[:, 1:]).nan_to_num_(0.0, posinf=2.0).clamp_(max=2.0)  # equal infinities: 0
+        self.score, self.z = z, F.pad(-gap.cumsum(1), (1, 0))  # (G, U) falling
         self.older_rank = rank[:, c:].masked_fill(older == -torch.inf, 2 * U)  # (G, M) places; 2U for an empty one
         self.newer_rank = rank[:, :c].flip(-1)  # (G, c)
         self._count_older(filled & (order >= c), query_title, older_title)
@@ -197,10 +198,9 @@ class Candidates:
         newest = kept.mul_(self.falling[:, None, :] + 1).amax(-1).long()
         return torch.maximum(newest, torch.where(older > 0, last, 0)).clamp_(max=self.z.shape[1])
 
-    def choose(self, k: int, C: int) -> Choice:
-        "Solve f(tau) = k for every query."
-        z, U, end, limit = self.z, self.z.shape[1], self.end_of_best(k), self.end_of_best(C)
-        points, before = break_points(z)
+    def solve(self, k: int, limit: Tensor) -> Tensor:
+        "The tau (G, c) with f(tau) = k, on the scale of z, for every query that has more than k candidates."
+        points, before = break_points(self.z)
 
         def line(t: Tensor) -> tuple[Tensor, Tensor]:  # f(x) = area - slope * x just above the break point t
             places = before.gather(2, t[:, None].expand(-1, 2, -1)).transpose(1, 2)  # how many z, and how many z - 1, stand before
@@ -211,18 +211,35 @@ class Candidates:
             slope, area = line(t)
             return area.sub_(slope * points.gather(1, t)) < k - EDGE
 
-        slope, area = line(first_place(short, 2 * U, end).clamp(min=1))
-        everyone = self.count(torch.full_like(end, U)[..., None])[..., 0]
-        tau = torch.where(everyone > k, (area - k) / slope.clamp(min=1), -torch.inf)
+        slope, area = line(first_place(short, points.shape[1], limit).clamp(min=1))
+        return (area - k) / slope.clamp(min=1)
+
+    def choose(self, k: int, C: int) -> Choice:
+        "Decide for every query."
+        z, end, limit = self.z, self.end_of_best(k), self.end_of_best(C)
+        everyone = self.count(torch.full_like(end, z.shape[1])[..., None])[..., 0]
+        tau, last = torch.where(everyone > k, self.solve(k, limit), -torch.inf), (end - 1).clamp(min=0)
+        pivot = self.score.gather(1, last).masked_fill(everyone <= k, -torch.inf)
+        rest = torch.where(everyone > k, z.gather(1, last) - tau, 1.0)
         above = torch.searchsorted(-z, -tau - EDGE)
         part, full = above.minimum(limit), torch.searchsorted(-z, EDGE - 1 - tau, right=True).minimum(limit)
         n = self.count(torch.stack((above, part, full), -1))
-        tau, end, full, part, ramp = (x.to(n.dtype) for x in (tau, end, full, part, n[..., 1] - n[..., 2]))
+        rest, end, full, part, ramp = (x.to(n.dtype) for x in (rest, end, full, part, n[..., 1] - n[..., 2]))
         ranks = self.older_rank.to(n.dtype), self.newer_rank.to(n.dtype)
-        return Choice(tau, end, full, part, ramp, n[..., 0] <= C, everyone > C, *ranks)
+        return Choice(pivot, rest, end, full, part, ramp, n[..., 0] <= C, everyone > C, *ranks)
 
 # %% ../nbs/13_sparsek_stream.ipynb #375e6fbb
 TINY, HUGE = 1e-37, 1e30  # the least gate (so that a gradient can be divided by it), and a logit that softmax makes exactly zero
+
+# %% ../nbs/13_sparsek_stream.ipynb #8847bc23
+def nan_older(u: Tensor, window: int, titles: Tensor | None) -> Tensor:
+    "NaN for a query with a NaN among the scores of its older tokens, else 0: (B, H, T) to (B, H, T)."
+    count = u.isnan().cumsum(-1)
+    older = F.pad(count, (window, 0))[..., : u.shape[2]]
+    if titles is not None:
+        first = torch.searchsorted(titles.contiguous(), titles.contiguous())  # where each token's title begins
+        older = older - F.pad(count, (1, 0)).gather(-1, first[:, None].expand(u.shape))
+    return torch.where(older > 0, torch.nan, 0.0).to(u.dtype)
 
 # %% ../nbs/13_sparsek_stream.ipynb #bbad35e6
 class Plan(NamedTuple):
@@ -244,7 +261,7 @@ class Plan(NamedTuple):
     def of(cls, u: Tensor, titles: Tensor | None, grid: Grid) -> "Plan":
         "Select for every query: scores u (B, H, T), title numbers (B, T) or None; by blocks of chunks that fit in the cache."
         rule, L, N, n, w, c = grid.rule, grid.padded, grid.rows, grid.chunks, grid.rule.window, grid.rule.chunk
-        scores, t = grid.scores(u, titles)
+        scores, t = grid.scores(u.masked_fill(u.isnan(), 0), titles)
         older, place, older_title = best_older(scores[:, :L], t[:, :L], rule.candidates + 1, c)
         older, place, older_title = older.view(N, -1), place.view(N, -1), older_title.reshape(N)
         newer, near_titles = scores[:, :L].reshape(N, c), t.unfold(1, w + c, c).reshape(N, w + c)
@@ -257,6 +274,7 @@ class Plan(NamedTuple):
         key_row = torch.cat((start + place[:, : rule.k], start + (row % n)[:, None] * c + near), 1)
         recent, future = (x.to(u.dtype) for x in (near[:c] > near[:c, None], near > near[:c, None] + w))
         choice = Choice(*map(torch.cat, zip(*parts, strict=True)))
+        choice = choice._replace(rest=choice.rest + grid.cut(nan_older(u, w, titles)[..., None])[..., 0])
         return cls(grid, newer, near_titles, older, older_title, start + place, key_row, choice, titles is not None, recent, future)
 
     def masks(self, b: slice) -> tuple[Tensor, Tensor]:
@@ -275,8 +293,9 @@ class Plan(NamedTuple):
             torch.sub(-self.future, (titles < 0).to(off.dtype)[:, None, :], out=off[..., k:])  # out of bounds: only the padding
             off[..., :k].clamp_(max=0)
         off[..., k : k + c].add_((last - newer_rank).clamp_(max=0).mul_(1 - self.recent))
-        score = torch.cat((self.older[b, :k].clamp(min=-HUGE), self.newer[b]), 1)
-        gate = (score[:, None, :] - choice.tau[b, :, None]).clamp_(TINY, 1)
+        most = torch.finfo(off.dtype).max  # inf - inf would not be a number
+        score = torch.cat((self.older[b, :k], self.newer[b]), 1).clamp_(-most, most)
+        gate = (score[:, None, :] - choice.pivot[b, :, None].clamp(max=most)).add_(choice.rest[b, :, None]).clamp_(TINY, 1)
         gate[..., k:].clamp_(min=self.recent)
         return gate, off
 
@@ -390,7 +409,7 @@ def sparsek_fast(
     q: Tensor,  # (B, H, T, D)
     k: Tensor,  # (B, H, T, D)
     v: Tensor,  # (B, H, T, D)
-    u: Tensor,  # (B, H, T) scores, float32 or float64
+    u: Tensor,  # (B, H, T) scores, float32 or float64, above -inf
     rule: Selection,
     titles: Tensor | None = None,  # (B, T) title numbers, rising along a row; None: no title mask
     drop: float = 0.0,  # dropout of the attention weights
@@ -399,8 +418,8 @@ def sparsek_fast(
     B, H, T, _ = q.shape
     if T <= rule.window + rule.k:
         mask = None if titles is None else torch.ones(T, T, dtype=torch.bool, device=q.device).tril() & ages(T, titles, q.device)[1]
-        out = attend_fast(q, k, v, mask, drop)
-        return out + (u.sum() * 0).to(out.dtype), torch.ones((), device=q.device)  # a zero gradient, but a gradient: DDP waits for it
+        out = attend_fast(q, k, v, mask, drop) + nan_older(u, rule.window, titles)[..., None].to(q.dtype)
+        return out + u[..., :0].sum().to(out.dtype), torch.ones((), device=q.device)  # a zero gradient, but a gradient: DDP waits for it
     with torch.autocast(q.device.type, enabled=False):
         with torch.no_grad():
             plan = Plan.of(u, titles, Grid(rule, B, H, T))
@@ -418,9 +437,10 @@ class SparseKCache:
 
         self.rule, self.length = rule, 0
         self.recent_k, self.recent_v, self.best_k, self.best_v = (empty(n) for n in (rule.window, rule.window, rule.k, rule.k))
-        self.recent_u = torch.zeros(batch_size, n_head, rule.window, device=device)
+        kind = torch.promote_types(self.best_k.dtype, torch.float32)  # of the scores
+        self.recent_u = torch.zeros(batch_size, n_head, rule.window, device=device, dtype=kind)
         self.recent_title = torch.full((batch_size, rule.window), -1, device=device)  # -1: no token yet
-        self.scores = torch.full((batch_size, n_head, rule.candidates), -torch.inf, device=device)  # falling
+        self.scores = torch.full((batch_size, n_head, rule.candidates), -torch.inf, device=device, dtype=kind)  # falling
         self.title = torch.full((batch_size,), -1, device=device)  # of the candidates
 
     def append(self, k: Tensor, v: Tensor, u: Tensor, title: Tensor) -> None:
@@ -441,11 +461,9 @@ class SparseKCache:
     def attend(self, q: Tensor) -> Tensor:
         "The newest token's query (B, H, 1, D) attends to the cache, which already holds the token itself."
         k, own = self.rule.k, self.recent_title[:, -1]
-        best = self.scores[..., :k]
-        p = (best - sparsek_tau(self.scores, k)[..., None]).clamp(TINY, 1)
-        p = p.masked_fill((best == -torch.inf) | (self.title != own)[:, None, None], 0.0)
+        p = sparsek(self.scores, k)[..., :k].masked_fill((self.title != own)[:, None, None], 0.0)
         recent = (self.recent_title == own[:, None])[:, None].expand(-1, q.shape[1], -1)
-        logits = (q @ torch.cat((self.best_k, self.recent_k), 2).transpose(-2, -1)).float() * q.shape[-1] ** -0.5
+        logits = (q @ torch.cat((self.best_k, self.recent_k), 2).transpose(-2, -1)).to(p.dtype) * q.shape[-1] ** -0.5
         weight = (logits + torch.cat((p, recent), 2).log()[:, :, None]).softmax(-1).to(q.dtype)
         return weight @ torch.cat((self.best_v, self.recent_v), 2)
 

@@ -126,7 +126,7 @@ def test_threshold_rises_and_the_certificate_tells_the_truth():
     for spread in (0.05, 0.3, 1.0, 3.0):
         u, rule = tensors(2, 2, 200, spread=spread)[3].detach(), Selection(4, 16, 8, 16)
         choice = Plan.of(u, None, Grid(rule, 2, 2, 200)).choice
-        tau, exact, crowded = (x.view(2, 2, -1)[..., :200] for x in (choice.tau, choice.exact, choice.crowded))
+        tau, exact, crowded = (x.view(2, 2, -1)[..., :200] for x in (choice.pivot - choice.rest, choice.exact, choice.crowded))
         assert (tau.diff()[tau[..., :-1] > -torch.inf] >= -1e-9).all()
         z, rank = competitors(u, Selection(4, 200, 8))
         whole, left_out = sparsek_tau(z, 4), z.masked_fill(rank < 16, -torch.inf).amax(-1)
