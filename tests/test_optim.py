@@ -140,6 +140,17 @@ def test_muon_scale_and_decoupled_decay():
         assert torch.cosine_similarity(update.flatten(), q.flatten(), 0) > 0.99
 
 
+def test_muon_looks_ahead():
+    """After gradients -3 Q and Q the momentum B still points along -Q; mu B + (1 - mu) G, which Nesterov follows, along Q."""
+    layer = nn.Linear(4, 4, bias=False)
+    optimizer = build_optimizer(layer, config(optimizer="muon", lr=1.0, muon_momentum=0.5).hyperparams)
+    q = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)))[0]
+    for gradient in (-3 * q, q):
+        before, layer.weight.grad = layer.weight.detach().clone(), gradient
+        optimizer.step()
+    assert torch.cosine_similarity((before - layer.weight.detach()).flatten(), q.flatten(), 0) > 0.99
+
+
 def test_adafactor_equals_torch():
     reference, model = build_model(config(), V), build_model(config(optimizer="adafactor"), V)
     model.load_state_dict(reference.state_dict())
