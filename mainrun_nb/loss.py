@@ -140,11 +140,12 @@ class _ChunkedLoss(torch.autograd.Function):
 
 # %% ../nbs/14_loss.ipynb #b72cb038
 def _in_chunks(hidden: tuple[Tensor, ...], weight: Tensor, targets: Tensor, chunk: int, r_drop: float) -> Tensor:
-    "`loss_sum` over chunks of rows."
+    "`loss_sum` over chunks of rows, per counted row."
+    count = (targets != IGNORED).sum()
     if torch.is_grad_enabled():
-        return _ChunkedLoss.apply(targets, chunk, r_drop, weight, *hidden)
+        return _ChunkedLoss.apply(targets, chunk, r_drop, weight, *hidden) / count
     parts = zip(targets.split(chunk), *(h.split(chunk) for h in hidden), strict=True)
-    return torch.stack([loss_sum(weight, *part, r_drop=r_drop) for part in parts]).sum()
+    return torch.stack([loss_sum(weight, *part, r_drop=r_drop) for part in parts]).sum() / count
 
 # %% ../nbs/14_loss.ipynb #b292bcf1
 def linear_cross_entropy(
@@ -155,8 +156,7 @@ def linear_cross_entropy(
     r_drop: float = 0.0,  # weight of R-Drop's penalty, for two passes
 ) -> Tensor:  # scalar, float32; nan where no row is counted
     "Mean cross-entropy of `hidden @ weight.T` in nats per counted token, holding `chunk` rows of logits at a time."
-    count = (targets != IGNORED).sum()
     if chunk and len(targets) > chunk:
         eager = torch.compiler.disable(_in_chunks) if torch.compiler.is_compiling() else _in_chunks
-        return eager(hidden, weight, targets, chunk, r_drop) / count
-    return loss_sum(weight, targets, *hidden, r_drop=r_drop) / count
+        return eager(hidden, weight, targets, chunk, r_drop)
+    return loss_sum(weight, targets, *hidden, r_drop=r_drop) / (targets != IGNORED).sum()
