@@ -93,11 +93,10 @@ class Plan:
 
 
 def make_plan(hp: Hyperparams, n_tokens: int, device: str = "cpu") -> Plan:
-    "The plan for a training stream of `n_tokens`. Raises `InputError` for a stream shorter than a batch or an unknown schedule."
+    "The plan for a training stream of `n_tokens`. Raises `InputError` for a stream shorter than a batch."
     batches = steps_per_epoch(n_tokens, hp.batch_size, hp.context_length)
     max_steps = min(hp.epochs * batches, hp.max_steps or hp.epochs * batches)
     eval_every = max(1, min(batches, max_steps) // hp.evals_per_epoch)
-    lr_factor(0, max_steps, hp)  # refuses an unknown schedule while nothing is written yet
     return Plan(max_steps, eval_every, hp.save_every, 10 if device == "cuda" else 1)
 
 # %% ../nbs/27_trainer.ipynb #78de0305
