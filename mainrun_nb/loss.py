@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# %% ../nbs/14_loss.ipynb #07d09c11
+# %% ../nbs/14_loss.ipynb #4e11edb2
 IGNORED = -100  # as a target: this row is not counted (`ignore_index` of PyTorch)
 
 
@@ -155,8 +155,7 @@ def linear_cross_entropy(
     r_drop: float = 0.0,  # weight of R-Drop's penalty, for two passes
 ) -> Tensor:  # scalar, float32; nan where no row is counted
     "Mean cross-entropy of `hidden @ weight.T` in nats per counted token, holding `chunk` rows of logits at a time."
-    count = (targets != IGNORED).sum()
     if chunk and len(targets) > chunk:
         eager = torch.compiler.disable(_in_chunks) if torch.compiler.is_compiling() else _in_chunks
-        return eager(hidden, weight, targets, chunk, r_drop) / count
-    return loss_sum(weight, targets, *hidden, r_drop=r_drop) / count
+        return eager(hidden, weight, targets, chunk, r_drop) / (targets != IGNORED).sum()
+    return loss_sum(weight, targets, *hidden, r_drop=r_drop) / (targets != IGNORED).sum()
