@@ -42,7 +42,7 @@ def did_you_mean(
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else f" Known: {', '.join(known)}."
 
-# %% ../nbs/00_config.ipynb #f604c651
+# %% ../nbs/00_config.ipynb #715690ea
 def shown(value: Any, most: int = 80) -> str:
     "A value as a message shows it: on one line of at most about `most` characters."
     try:
@@ -188,7 +188,7 @@ class Hyperparams:
     max_bad_steps: int = positive(10)  # steps with a loss or gradient that is not finite, in a row, before giving up
     save_every: int = at_least(0, 0)  # steps between checkpoints, besides those at each evaluation; 0: only those
     keep_checkpoints: int = positive(2)  # newest checkpoints kept, besides the best
-    memory_budget_gb: float | None = optional_positive(most=LARGEST[float])  # refuse a run predicted to need more; null: the memory there is
+    memory_budget_gb: float | None = optional_positive(most=LARGEST[float])  # refuse a run that needs more; null: the memory there is
 
 # %% ../nbs/00_config.ipynb #f222ef56
 @dataclass
@@ -410,7 +410,7 @@ def _read_override(text: str) -> dict:
     except Exception:  # as in a file
         raise InputError(f"override {shown(text)}: the value is not valid YAML") from None
 
-# %% ../nbs/00_config.ipynb #d14777da
+# %% ../nbs/00_config.ipynb #680347fc
 def check_number(value: Any, key: str, rules: Any) -> None:
     "Raise `InputError` for a value that is not finite, breaks its field's rule or is beyond its limit."
     try:

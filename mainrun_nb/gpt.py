@@ -178,9 +178,9 @@ class Decoder(nn.Module):
     def check_restart(self) -> None:
         "Raise `InputError` for positions that are to restart where nothing would come of it."
         if self.cfg.restart_positions and self.cfg.position != "learned":
-            raise InputError(f"restart_positions: has no effect with position={self.cfg.position}, which sees only distances inside a title")
+            raise InputError(f"restart_positions: has no effect with position={self.cfg.position}, which sees distances inside a title")
         if self.cfg.restart_positions and not self.title_mask:
-            raise InputError("restart_positions: needs hyperparams.title_mask=true, or the tokens of two titles would share their positions")
+            raise InputError("restart_positions: needs hyperparams.title_mask=true, or two titles would share their positions")
 
     def place(self, idx: Tensor, cache: GPTCache | None = None) -> TokenInfo:
         "Positions and titles of the tokens (B, T), after those in the cache, which is told of them; `ValueError` past the context."

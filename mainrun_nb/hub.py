@@ -8,13 +8,18 @@ __all__ = ['hf_tokenizer', 'export_gpt2', 'import_gpt2']
 # %% ../nbs/28_hub.ipynb #3667312d
 import json
 import os
+import re
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .config import Config, InputError, load_config
+from .config import Config, InputError, first_line, load_config
 from .gpt import GPT
 from .models import build_model
 from .tokenizer import SPECIALS, Tokenizer, disguise
@@ -22,7 +27,7 @@ from .tokenizer import SPECIALS, Tokenizer, disguise
 # %% ../nbs/28_hub.ipynb #40831dc2
 _GPT2_FORM = {
     "norm_type": "pre", "norm": "layernorm", "attention_layer": "causal", "position": "learned", "bias": True, "output_gate": False,
-    "layer_scale": 0.0,
+    "layer_scale": 0.0, "restart_positions": False,
 }
 _GPT2_BENDS = {"gelu": "gelu", "relu": "relu", "gelu_tanh": "gelu_new"}  # ours -> theirs
 
@@ -96,11 +101,12 @@ def from_gpt2_config(theirs: Any) -> Config:
         found = getattr(theirs, name, None)
         if found not in (wanted if isinstance(wanted, tuple) else (wanted,)):
             raise InputError(f"this package cannot express GPT-2's {name}={found}: only {wanted}")
-    d, ratio = theirs.n_embd, (theirs.n_inner or 4 * theirs.n_embd) / theirs.n_embd
+    d, ratio = theirs.n_embd, 4 if theirs.n_inner is None else theirs.n_inner / theirs.n_embd
     shape = dict(d_model=d, hidden_layer=d, n_layer=theirs.n_layer, dropout=theirs.resid_pdrop, mlp_ratio=ratio,
                  activation_function=bends[theirs.activation_function], tied=str(theirs.tie_word_embeddings).lower())
     return load_config(overrides=[*(f"model_configs.gpt.{name}={value}" for name, value in shape.items()),
-                                  f"attn_configs.causal.n_head={theirs.n_head}", f"hyperparams.context_length={theirs.n_positions}"])
+                                  f"attn_configs.causal.n_head={theirs.n_head}", f"hyperparams.context_length={theirs.n_positions}",
+                                  f"hyperparams.vocab_size={theirs.vocab_size}"])
 
 # %% ../nbs/28_hub.ipynb #c99228ca
 def hf_tokenizer(
@@ -126,6 +132,17 @@ def hf_tokenizer(
     out.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIALS])
     return out
 
+# %% ../nbs/28_hub.ipynb #069f4827
+def opening_titles(theirs: Any) -> Any:
+    "The same tokenizers.Tokenizer, opening each text with `<eos>` unless asked for `add_special_tokens=False`."
+    from tokenizers import decoders
+    from tokenizers.processors import TemplateProcessing
+
+    theirs.decoder = decoders.ByteLevel()
+    eos = [("<eos>", Tokenizer.eos_id)]
+    theirs.post_processor = TemplateProcessing(single="<eos> $A", pair="<eos> $A <eos>:1 $B:1", special_tokens=eos)
+    return theirs
+
 # %% ../nbs/28_hub.ipynb #1dfb8f6f
 def _write_gpt2(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     "The files of an export."
@@ -134,12 +151,13 @@ def _write_gpt2(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     missing, unknown = twin.load_state_dict(weights, strict=False)
     if unknown or set(missing) - {"lm_head.weight"}:  # a tied head has no weight of its own
         raise RuntimeError(f"weights without a counterpart: {[*unknown, *missing]}")
+    twin.generation_config.max_length = model.context_length  # transformers would stop at 20 tokens
     twin.save_pretrained(folder)
-    hf_tokenizer(tokenizer).save(str(folder / "tokenizer.json"))
+    opening_titles(hf_tokenizer(tokenizer)).save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.context_length, "clean_up_tokenization_spaces": False,
         "bos_token": "<eos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>",
-        "split_special_tokens": tokenizer.kind != "challenge",
+        "split_special_tokens": tokenizer.kind != "challenge", "padding_side": "left",
     }, indent=1))
     tokenizer.save(folder / "mainrun_nb")
 
@@ -167,25 +185,76 @@ def export_gpt2(
         shutil.rmtree(draft, ignore_errors=True)
     return folder
 
+# %% ../nbs/28_hub.ipynb #20212f1c
+_NO_WEIGHT = re.compile(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias")  # GPT-2's causal mask, a constant
+
+
+def refuse_misfit(twin: Any, report: dict[str, Any]) -> None:
+    "Raise `InputError` that names weights which are missing, have no place, or have another shape than config.json says."
+    x = "x".join
+    shapes = {f"{name} ({x(map(str, there))}, not {x(map(str, wanted))})" for name, there, wanted in report["mismatched_keys"]}
+    unknown = {name for name in report["unexpected_keys"] if not _NO_WEIGHT.fullmatch(name)}
+    for what, names in {"missing": report["missing_keys"], "without a place": unknown, "of another shape": shapes}.items():
+        if names:
+            first = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise InputError(f"the weights do not fit config.json, {what}: {first}")
+    if twin.config.tie_word_embeddings and not torch.equal(twin.lm_head.weight, twin.transformer.wte.weight):
+        raise InputError("the weights do not fit config.json: lm_head.weight is not transformer.wte.weight, to which it is tied")
+
+# %% ../nbs/28_hub.ipynb #45fd54d9
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    "Keep transformers from logging anything but errors."
+    log = transformers.utils.logging
+    before = log.get_verbosity()
+    log.set_verbosity_error()
+    try:
+        yield
+    finally:
+        log.set_verbosity(before)
+
+
+def read_gpt2(folder: Path) -> tuple[Config, Any]:
+    "Our configuration, and their model, from a folder. Raises `InputError`."
+    transformers = _transformers()
+    with _quiet(transformers):
+        theirs = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        cfg = from_gpt2_config(theirs)
+        with torch.device("meta"):  # before anything of that size is allocated
+            build_model(cfg, theirs.vocab_size)
+        twin, report = transformers.GPT2LMHeadModel.from_pretrained(
+            folder, config=theirs, local_files_only=True, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
+    refuse_misfit(twin, report)
+    return cfg, twin
+
+# %% ../nbs/28_hub.ipynb #212bc3c6
+def one_eos(theirs: Any) -> int:
+    "The token that ends a text: the first of `eos_token_id` that is in the vocabulary, or -1; a warning where that is not what it says."
+    said = theirs.eos_token_id
+    given = list(said) if isinstance(said, list | tuple) else [] if said is None else [said]
+    ids = [i for i in given if 0 <= i < theirs.vocab_size]
+    if len(ids) != len(given) or len(set(ids)) > 1:
+        warnings.warn(f"eos_token_id={said}: read as {(ids or [None])[0]}; one of {theirs.vocab_size} tokens ends a text", stacklevel=3)
+    return ids[0] if ids else -1
+
 # %% ../nbs/28_hub.ipynb #8d4c2437
 def import_gpt2(
     folder: str | Path,  # with config.json and the weights, as `save_pretrained` or `export_gpt2` writes them
 ) -> tuple[Config, GPT]:  # a configuration that describes the model, and the model
-    "Read a Hugging Face GPT-2 from a local folder. Raises `InputError` for a folder that is not one, and for what we cannot express."
+    """Read a Hugging Face GPT-2 from a local folder, in float32.
+
+    Raises `InputError` for a folder that is not one, for weights that are not those of its configuration, and for what we cannot express.
+    """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: holds no config.json")
-    transformers = _transformers()
     try:
-        theirs = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        cfg = from_gpt2_config(theirs)
-        twin = transformers.GPT2LMHeadModel.from_pretrained(folder, local_files_only=True)
-    except InputError:
-        raise
+        cfg, twin = read_gpt2(folder)
+        model, weights = build_model(cfg, twin.config.vocab_size), twin.state_dict()
+    except InputError as e:
+        raise InputError(f"{folder}: {e}") from None
     except Exception as e:  # transformers raises what its many readers raise
-        raise InputError(f"{folder}: cannot be read as a GPT-2 ({str(e).splitlines()[0] if str(e) else type(e).__name__})") from None
-    model, weights = build_model(cfg, theirs.vocab_size), twin.state_dict()
-    model.load_state_dict({name: gpt2_layout(name, weights[gpt2_name(name)].float()) for name in model.state_dict()})
-    if theirs.eos_token_id is not None:
-        model.eos_id = theirs.eos_token_id
+        raise InputError(f"{folder}: cannot be read as a GPT-2 ({first_line(e)})") from None
+    model.load_state_dict({name: gpt2_layout(name, weights[gpt2_name(name)]) for name in model.state_dict()})
+    model.eos_id = one_eos(twin.config)
     return cfg, model

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# %% ../nbs/14_loss.ipynb #07d09c11
+# %% ../nbs/14_loss.ipynb #4e11edb2
 IGNORED = -100  # as a target: this row is not counted (`ignore_index` of PyTorch)
 
 

@@ -1,6 +1,8 @@
 """Models: their size, every option beside every other, the chunked loss wherever it has to work, and interchange with GPT-2."""
 import gzip
 import itertools
+import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 
 from mainrun_nb import hub, models
 from mainrun_nb.config import Config, InputError, load_config
+from mainrun_nb.generate import stream_ids, write_titles
 from mainrun_nb.gpt import GPT, parameter_formula, parameter_table
 from mainrun_nb.hub import export_gpt2, hf_tokenizer, import_gpt2
 from mainrun_nb.loss import linear_cross_entropy, loss_sum
@@ -95,7 +98,8 @@ CHOICES: dict[str, list[list[str]]] = {  # each choice is a list of overrides; `
     "init": [[f"M.init_method={name}"] for name in ("normal", "xavier", "kaiming", "uniform")],
     "residual": [["M.residual_scaling=false"], ["M.residual_scaling=true"]],
     "width": [["model_configs.gpt.hidden_layer=16"], ["model_configs.gpt.hidden_layer=24"]],
-    "title_mask": [["hyperparams.title_mask=false"], ["hyperparams.title_mask=true"]],
+    "title_mask": [["hyperparams.title_mask=false"], ["hyperparams.title_mask=true"],
+                   ["hyperparams.title_mask=true", "M.restart_positions=true"]],
     "recompute": [["hyperparams.checkpoint_activations=false"], ["hyperparams.checkpoint_activations=true"]],
     "chunk": [["hyperparams.loss_chunk=0"], ["hyperparams.loss_chunk=16"]],
     "dropout": [["M.dropout=0"], ["M.dropout=0.1"]],
@@ -132,6 +136,8 @@ def configure(row: tuple[int, ...]) -> Config:
     picked = [choices[c] for choices, c in zip(CHOICES.values(), row, strict=True)]
     name = "unet_gpt" if row[0] else "gpt"
     overrides = ["model_configs.unet_gpt.hidden_layer_list=[16,8,24]", *COMMON, *itertools.chain(*picked)]
+    if "M.position=rope" in overrides and "M.restart_positions=true" in overrides:  # refused
+        overrides.remove("M.restart_positions=true")
     return load_config(overrides=[o.replace("M.", f"model_configs.{name}.", 1) if o.startswith("M.") else o for o in overrides])
 
 
@@ -209,6 +215,40 @@ def test_one_batch_is_learnt_by_heart(kind):
     assert loss.item() < 0.05
 
 
+# --- positions that restart with a title ---
+
+RESTART = ("hyperparams.title_mask=true", "M.restart_positions=true")
+
+
+@pytest.mark.parametrize("attention", ["causal", "sparse", "sparsek"])
+def test_with_restarted_positions_a_title_does_not_know_its_place(attention):
+    """The same title after other titles, at a row's start, and through a cache in random pieces."""
+    model = tiny_gpt(*RESTART, f"M.attention_layer={attention}", "attn_configs.sparse.attn_type=all").eval()  # the others count along the row
+    title, draw = torch.tensor([[1, 5, 6, 7, 8]]), torch.Generator().manual_seed(0)
+    alone = model(title)[0]
+    for before in ([9, 9, 9], [1, 4, 4, 1], [1, 1], [3, 1, 1, 2, 2, 2, 2]):
+        row = torch.cat([torch.tensor([before]), title], 1)
+        whole = model(row)[0]
+        torch.testing.assert_close(whole[:, len(before):], alone, rtol=1e-4, atol=1e-5)
+        for _ in range(5):
+            cuts = [0, *sorted(torch.randint(1, row.shape[1], (3,), generator=draw).unique().tolist()), row.shape[1]]
+            cache = model.make_cache(1)
+            parts = torch.cat([model.features(row[:, a:b], cache) for a, b in itertools.pairwise(cuts)], 1)
+            torch.testing.assert_close(F.linear(parts, model.head_weight), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_restarted_positions_by_hand_in_a_batch_of_unequal_rows():
+    model = tiny_gpt(*RESTART)
+    idx = torch.tensor([[1, 5, 1, 5, 5], [5, 5, 5, 5, 5], [5, 1, 1, 5, 1]])
+    expected = [[0, 1, 0, 1, 2], [0, 1, 2, 3, 4], [0, 0, 0, 1, 0]]
+    assert model.embed_positions(idx, torch.arange(5), None).tolist() == expected
+    cache = model.make_cache(3)
+    pieces = [model.embed_positions(idx[:, a:b], torch.arange(a, b), cache) for a, b in [(0, 2), (2, 3), (3, 5)]]
+    assert torch.cat(pieces, 1).tolist() == expected
+    with pytest.raises(ValueError, match=f"do not fit in a context of {T}"):  # the limit is the row's
+        model(torch.ones(1, T + 1, dtype=torch.long))
+
+
 # --- the chunked loss ---
 
 
@@ -230,6 +270,48 @@ def test_chunks_change_nothing(chunk, passes, r_drop):
     fast, plain = (value_and_gradients(*case, c, r_drop) for c in (chunk, 0))
     for a, b in zip((fast[0], *fast[1]), (plain[0], *plain[1]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("passes", "r_drop"), [(1, 0.0), (2, 0.0), (2, 4.0)])
+@pytest.mark.parametrize("chunk", [0, 1, 7, 100])
+def test_ignored_targets_are_not_counted_anywhere(chunk, passes, r_drop):
+    hidden, weight, targets = loss_case(passes=passes)
+    targets[[0, 1, 50, 100, *range(14, 30)]] = -100  # whole chunks among them
+    kept = targets != -100
+    losses = [sum(F.cross_entropy(F.linear(h, weight), targets, ignore_index=-100) for h in hidden) / passes]
+    if r_drop:
+        p, q = (F.linear(h, weight)[kept].log_softmax(-1) for h in hidden)
+        losses[0] = losses[0] + r_drop / 2 * ((p.exp() - q.exp()) * (p - q)).sum(-1).mean()
+    losses.append(linear_cross_entropy(hidden, weight, targets, chunk, r_drop))
+    expected, found = ([loss, *torch.autograd.grad(loss, (weight, *hidden))] for loss in losses)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert all((g[~kept] == 0).all() for g in found[2:])
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy(hidden, weight, targets, chunk, r_drop), found[0].detach())
+
+
+@pytest.mark.parametrize("chunk", [0, 7])
+def test_no_counted_target_has_no_mean_and_a_wrong_one_is_refused(chunk):
+    hidden, weight, targets = loss_case()
+    assert F.cross_entropy(F.linear(hidden[0], weight), torch.full_like(targets, -100)).isnan()  # so does torch
+    assert linear_cross_entropy(hidden, weight, torch.full_like(targets, -100), chunk).isnan()
+    for wrong in (-1, -99, 307):
+        with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+            linear_cross_entropy(hidden, weight, torch.full_like(targets, wrong), chunk)
+
+
+def test_ignored_targets_under_mixed_precision_and_in_a_model():
+    hidden, weight, targets = loss_case(n=64, passes=2)
+    targets[10:40] = -100
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain, fast = (value_and_gradients(hidden, weight, targets, chunk, 1.0) for chunk in (0, 16))
+    for a, b in zip((fast[0], *fast[1]), (plain[0], *plain[1]), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+    model, idx = tiny_gpt(), rows_of_ids()
+    y = idx[:, 1:].clone()
+    y[1] = -100
+    torch.testing.assert_close(model(idx[:, :-1], y)[1], model(idx[[0, 2], :-1], idx[[0, 2], 1:])[1])
 
 
 @pytest.mark.parametrize("passes", [1, 2])
@@ -309,9 +391,9 @@ def step(model, idx, r_drop=0.0):
     return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
 
 
-@pytest.mark.parametrize("title_mask", ["false", "true"])
-def test_the_rest_of_the_model_compiles_in_one_piece(title_mask):
-    model, idx = tiny_gpt(f"hyperparams.title_mask={title_mask}"), rows_of_ids()
+@pytest.mark.parametrize(("title_mask", "restart"), [("false", "false"), ("true", "false"), ("true", "true")])
+def test_the_rest_of_the_model_compiles_in_one_piece(title_mask, restart):
+    model, idx = tiny_gpt(f"hyperparams.title_mask={title_mask}", f"M.restart_positions={restart}"), rows_of_ids()
     graphs = []
 
     def backend(graph, inputs):  # tracing is what may fail; what a real backend makes of the graphs is not ours to test
@@ -376,7 +458,8 @@ def test_a_model_crosses_over_to_gpt2_and_back(kind, options, titles, tmp_path):
     folder = export_gpt2(model, tokenizer, tmp_path / "gpt2")
     theirs, cut = transformers.AutoModelForCausalLM.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
     some = [*titles[:200], "", " led by a space", "Ask HN: <eos> in a title", "naïve 日本語 🎉"]
-    assert [cut(t).input_ids for t in some] == [tokenizer.encode(t) for t in some]
+    assert [cut(t).input_ids for t in some] == [[1, *tokenizer.encode(t)] for t in some]
+    assert [cut(t, add_special_tokens=False).input_ids for t in some] == [tokenizer.encode(t) for t in some]
     idx = torch.randint(3, tokenizer.vocab_size, (2, T))
     with torch.no_grad():
         torch.testing.assert_close(theirs(idx).logits, model(idx)[0], rtol=0, atol=1e-4)
@@ -385,11 +468,110 @@ def test_a_model_crosses_over_to_gpt2_and_back(kind, options, titles, tmp_path):
             text = torch.cat([text, model(text)[0][:, -1:].argmax(-1)], 1)
     written = theirs.generate(do_sample=False, max_length=T)
     assert written.tolist() == text.tolist()
-    assert cut.decode(written[0, 1:]) == tokenizer.decode(text[0, 1:].tolist())
+    assert cut.decode(written[0], skip_special_tokens=True).removeprefix(" ") == tokenizer.decode([i for i in text[0].tolist() if i > 2])
+    pipe = transformers.pipeline("text-generation", model=theirs, tokenizer=cut)
+    for prompt in ["Show HN", "", titles[0].split()[0]]:
+        ours = write_titles(model, tokenizer, prompt, 1, temperature=0)[0]
+        assert " ".join(pipe(prompt, do_sample=False)[0]["generated_text"].split()) == ours
+        found = theirs.generate(cut(prompt, return_tensors="pt").input_ids, do_sample=False)[0].tolist()
+        assert found == [1, *tokenizer.encode(prompt), *(int(i) for i in stream_ids(model, [1, *tokenizer.encode(prompt)], temperature=0))]
     cfg, back = import_gpt2(folder)
     assert torch.equal(back.eval()(idx)[0], model(idx)[0])
     assert parameter_table(build_model(cfg, tokenizer.vocab_size)) == parameter_table(model)
     assert load_tokenizer(folder / "mainrun_nb").encode(titles[0]) == tokenizer.encode(titles[0])
+
+
+def weights_of(folder: Path) -> dict:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def store(folder: Path, weights: dict) -> None:
+    from safetensors.torch import save_file
+
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+MISFITS = {  # what is done to config.json, or to the weights; what is said of it
+    "more layers": (dict(n_layer=3), "missing: transformer.h.2.attn.c_attn.bias, .* and 9 more"),
+    "fewer layers": (dict(n_layer=1), "without a place: transformer.h.1.attn"),
+    "vocabulary": (dict(vocab_size=71), r"transformer.wte.weight \(70x32, not 71x32\)"),
+    "positions": (dict(n_positions=25), r"transformer.wpe.weight \(24x32, not 25x32\)"),
+    "width of the MLP": (dict(n_inner=64), "of another shape: transformer.h.0.mlp.c_fc.bias"),
+    "no MLP": (dict(n_inner=0), "mlp_ratio"),
+    "untied without a head": (dict(tie_word_embeddings=False), "missing: lm_head.weight"),
+    "far too many layers": (dict(n_layer=10**9), "n_layer: must be at most 1000"),
+    "tied with another head": (lambda w: w | {"lm_head.weight": torch.randn(70, 32)}, "lm_head.weight is not transformer.wte.weight"),
+    "one more": (lambda w: w | {"score.weight": torch.ones(2)}, "without a place: score.weight"),
+    "one less": (lambda w: {k: v for k, v in w.items() if k != "transformer.ln_f.bias"}, "missing: transformer.ln_f.bias"),
+    "one of another shape": (lambda w: w | {"transformer.ln_f.bias": torch.ones(5)}, r"transformer.ln_f.bias \(5, not 32\)"),
+    "none": (None, "cannot be read as a GPT-2"),
+}
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(5)
+    folder = tmp_path_factory.mktemp("foreign")
+    cfg = transformers.GPT2Config(vocab_size=70, n_positions=24, n_embd=32, n_layer=2, n_head=4, bos_token_id=69, eos_token_id=69)
+    model = transformers.GPT2LMHeadModel(cfg).eval()
+    model.save_pretrained(folder)
+    return folder, model
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_weights_that_do_not_fit_their_configuration_are_refused_by_name(case, foreign, tmp_path):
+    shutil.copytree(foreign[0], tmp_path / "gpt2")
+    folder, (change, words) = tmp_path / "gpt2", MISFITS[case]
+    if isinstance(change, dict):
+        (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | change))
+    elif change:
+        store(folder, change(weights_of(folder)))
+    else:
+        (folder / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=words) as e:
+        import_gpt2(folder)
+    assert "\n" not in str(e.value) and str(folder) in str(e.value)
+
+
+def as_shards(folder: Path, model) -> None:
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="10KB")
+    assert len(list(folder.glob("model-*"))) > 2
+
+
+FITS = {
+    "bf16": lambda folder, model: store(folder, {k: v.bfloat16() for k, v in weights_of(folder).items()}),
+    "shards": as_shards,
+    "without the prefix": lambda folder, _: store(folder, {k.removeprefix("transformer."): v for k, v in weights_of(folder).items()}),
+    "with the mask": lambda folder, _: store(folder, weights_of(folder) | {"transformer.h.0.attn.bias": torch.ones(1, 1, 24, 24),
+                                                                           "transformer.h.1.attn.masked_bias": torch.tensor(-1e4)}),
+    "with the tied head": lambda folder, model: store(folder, weights_of(folder) | {"lm_head.weight": model.lm_head.weight.detach().clone()}),
+}
+
+
+@pytest.mark.parametrize("form", FITS)
+def test_weights_in_another_form_come_in_whole(form, foreign, tmp_path):
+    shutil.copytree(foreign[0], tmp_path / "gpt2")
+    FITS[form](tmp_path / "gpt2", foreign[1])
+    model, idx = import_gpt2(tmp_path / "gpt2")[1].eval(), torch.randint(70, (2, 24))
+    assert {p.dtype for p in model.parameters()} == {torch.float32} and model.eos_id == 69
+    bound = 2e-2 if form == "bf16" else 1e-5
+    with torch.no_grad():
+        torch.testing.assert_close(model(idx)[0], foreign[1](idx).logits, rtol=0, atol=bound)
+
+
+@pytest.mark.filterwarnings("ignore:eos_token_id")
+@pytest.mark.parametrize(("said", "eos"), [([69], 69), ([5, 69], 5), (None, -1), (50256, -1), ([], -1)], ids=str)
+def test_the_end_of_a_text_may_be_a_list_or_nothing(said, eos, foreign, tmp_path):
+    shutil.copytree(foreign[0], tmp_path / "gpt2")
+    config = tmp_path / "gpt2" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | dict(eos_token_id=said)))
+    model = import_gpt2(tmp_path / "gpt2")[1].eval()
+    assert model.eos_id == eos
+    assert len(list(stream_ids(model, [3], max_tokens=5, temperature=0))) >= 1
 
 
 def test_a_bad_export_leaves_nothing_behind(titles, tmp_path, monkeypatch):
