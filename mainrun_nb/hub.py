@@ -132,7 +132,7 @@ def hf_tokenizer(
     out.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIALS])
     return out
 
-# %% ../nbs/28_hub.ipynb #069f4827
+# %% ../nbs/28_hub.ipynb #492e423d
 def opening_titles(theirs: Any) -> Any:
     "The same tokenizers.Tokenizer, opening each text with `<eos>` unless asked for `add_special_tokens=False`."
     from tokenizers import decoders
@@ -185,7 +185,7 @@ def export_gpt2(
         shutil.rmtree(draft, ignore_errors=True)
     return folder
 
-# %% ../nbs/28_hub.ipynb #20212f1c
+# %% ../nbs/28_hub.ipynb #c0562424
 _NO_WEIGHT = re.compile(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias")  # GPT-2's causal mask, a constant
 
 
@@ -201,7 +201,7 @@ def refuse_misfit(twin: Any, report: dict[str, Any]) -> None:
     if twin.config.tie_word_embeddings and not torch.equal(twin.lm_head.weight, twin.transformer.wte.weight):
         raise InputError("the weights do not fit config.json: lm_head.weight is not transformer.wte.weight, to which it is tied")
 
-# %% ../nbs/28_hub.ipynb #45fd54d9
+# %% ../nbs/28_hub.ipynb #162232ae
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
     "Keep transformers from logging anything but errors."
@@ -227,7 +227,7 @@ def read_gpt2(folder: Path) -> tuple[Config, Any]:
     refuse_misfit(twin, report)
     return cfg, twin
 
-# %% ../nbs/28_hub.ipynb #212bc3c6
+# %% ../nbs/28_hub.ipynb #e99e8ae1
 def one_eos(theirs: Any) -> int:
     "The token that ends a text: the first of `eos_token_id` that is in the vocabulary, or -1; a warning where that is not what it says."
     said = theirs.eos_token_id

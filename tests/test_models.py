@@ -223,7 +223,7 @@ RESTART = ("hyperparams.title_mask=true", "M.restart_positions=true")
 @pytest.mark.parametrize("attention", ["causal", "sparse", "sparsek"])
 def test_with_restarted_positions_a_title_does_not_know_its_place(attention):
     """The same title after other titles, at a row's start, and through a cache in random pieces."""
-    model = tiny_gpt(*RESTART, f"M.attention_layer={attention}", "attn_configs.sparse.attn_type=all").eval()  # the others count along the row
+    model = tiny_gpt(*RESTART, f"M.attention_layer={attention}", "attn_configs.sparse.attn_type=all").eval()  # others count in rows
     title, draw = torch.tensor([[1, 5, 6, 7, 8]]), torch.Generator().manual_seed(0)
     alone = model(title)[0]
     for before in ([9, 9, 9], [1, 4, 4, 1], [1, 1], [3, 1, 1, 2, 2, 2, 2]):
@@ -548,7 +548,7 @@ FITS = {
     "without the prefix": lambda folder, _: store(folder, {k.removeprefix("transformer."): v for k, v in weights_of(folder).items()}),
     "with the mask": lambda folder, _: store(folder, weights_of(folder) | {"transformer.h.0.attn.bias": torch.ones(1, 1, 24, 24),
                                                                            "transformer.h.1.attn.masked_bias": torch.tensor(-1e4)}),
-    "with the tied head": lambda folder, model: store(folder, weights_of(folder) | {"lm_head.weight": model.lm_head.weight.detach().clone()}),
+    "with the head": lambda folder, model: store(folder, weights_of(folder) | {"lm_head.weight": model.lm_head.weight.detach().clone()}),
 }
 
 
