@@ -28,6 +28,14 @@ def make_norm(
     "A normalisation layer over vectors of `width`."
     return nn.LayerNorm(width, bias=bias) if kind == "layernorm" else nn.RMSNorm(width, eps=1e-5)
 
+# %% ../nbs/15_gpt.ipynb #21ed10f8
+def mlp_width(width: int, activation: str, ratio: float) -> int:
+    "Inner width of the MLP of a block. Raises `InputError` where it rounds to nothing."
+    inner = round(width * ratio * (2 / 3 if activation == "swiglu" else 1))
+    if inner < 1:
+        raise InputError(f"mlp_ratio: must leave the MLP a width of 1 or more, found {ratio:g} in a block of width {width} ({activation})")
+    return inner
+
 # %% ../nbs/15_gpt.ipynb #4fa7ca2d
 class SwiGLU(nn.Module):
     "silu(a) * b for an input that holds a and b side by side: (..., 2 inner) to (..., inner)."
@@ -42,14 +50,6 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def mlp_width(width: int, activation: str, ratio: float) -> int:
-    "Inner width of the MLP of a block. Raises `InputError` where it rounds to nothing."
-    inner = round(width * ratio * (2 / 3 if activation == "swiglu" else 1))
-    if inner < 1:
-        raise InputError(f"mlp_ratio: must leave the MLP a width of 1 or more, found {ratio:g} in a block of width {width} ({activation})")
-    return inner
-
-# %% ../nbs/15_gpt.ipynb #172423a0
 class MLP(nn.Module):
     "Two layers on each token alone: (..., width) to (..., width)."
 
