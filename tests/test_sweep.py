@@ -449,7 +449,7 @@ def test_a_folder_that_is_still_in_use_is_left_for_the_next_time(tmp_path, base,
 
 def test_a_crash_is_recorded_and_the_sweep_goes_on(tmp_path, base):
     """Without notebooks here; with them in test_trial.py."""
-    search = search_of(tmp_path, "method: grid\nparameters: {hyperparams.lr: {values: [1.0e+30, 1.0e-2]}}")
+    search = search_of(tmp_path, "method: grid\nparameters: {hyperparams.lr: {values: [1.0e+9, 1.0e-2]}}")
     board = run_sweep(search, base, tmp_path / "out", jobs=2, fast=True, progress=False)
     assert [t.status for t in board.trials] == ["failed", "complete"]
     assert "finite" in board.trials[0].error

@@ -77,7 +77,7 @@ def test_a_mistake_is_an_error_in_the_notebook(tmp_path, args, says):
 @pytest.mark.slow
 def test_a_sweep_of_notebooks_keeps_the_one_that_failed(tmp_path):
     """A run whose loss explodes, a setting that is refused, and a good one; the good one is what --fast makes of it."""
-    (tmp_path / "search.yaml").write_text("method: grid\nparameters: {hyperparams.lr: {values: [1.0e+30, 1.0e-3]}}")
+    (tmp_path / "search.yaml").write_text("method: grid\nparameters: {hyperparams.lr: {values: [1.0e+9, 1.0e-3]}}")
     (tmp_path / "modes.yaml").write_text("method: grid\nparameters: {hyperparams.scheduler: {values: [cosin]}}")
     base = ROOT / "sweeps/base/quickstart.yaml"
     settings = [*TINY[:1], "hyperparams.max_steps=14", *TINY[2:]]
