@@ -10,7 +10,7 @@ __all__ = ['noise_parts', 'NoiseScale', 'noise_scale', 'logged_noise', 'BatchLaw
 import csv
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -28,13 +28,13 @@ from tqdm.auto import tqdm
 from .checkpoint import Checkpoint, atomic_write, check_folder, list_checkpoints, load_checkpoint, load_run, remove_later
 from .checkpoint import differences  # noqa: F401  scripts import it from here
 from .checkpoint import rng_state, run_lock, save_checkpoint, set_rng_state, sweep_scratch
-from .config import Config, Hyperparams, InputError, RunError, flatten, load_config, save_config
+from .config import Config, Hyperparams, InputError, RunError, flatten, save_config
 from .data import fingerprint, get_batch, joined_chars, load_titles, ngram_losses, read_titles, split_titles, steps_per_epoch
 from .data import token_stream
 from .evaluate import challenge_windows, validation_metrics
 from .generate import write_titles
 from .memory import check_budget, formula_need
-from .memory import check_build  # scripts import it from here
+from .memory import check_build  # noqa: F401  scripts import it from here
 from .models import build_model, count_parameters
 from .optim import EMA, StepResult, build_optimizer, check_precision, lr_factor, make_scaler, set_lr, train_step, whole_state
 from .runtime import Interrupted, Processes, device_info, freed_memory_kept, git_commit, in_log_file, joined, noted_signals

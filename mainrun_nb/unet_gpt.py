@@ -8,7 +8,6 @@ __all__ = ['UNetGPT']
 # %% ../nbs/16_unet_gpt.ipynb #98ecf3c1
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .attention import TokenInfo, heads_of
