@@ -107,7 +107,7 @@ NAMES: dict[str, list[str]] = {  # what a setting of each kind may say; architec
     "optimizer": ["sgd", "adam", "adamw", "adagrad", "rmsprop", "adafactor", "muon"],
     "scheduler": ["cosine", "linear", "step", "none", "wsd"],
     "backend": ["wandb", "trackio"],
-    "tokenizer": ["challenge", "bpe", "unigram"],
+    "tokenizer": ["challenge", "bpe", "unigram", "cased"],
 }
 
 
@@ -267,7 +267,7 @@ class DataConfig:
 class TokenizerConfig:
     "How titles become tokens (chapter 07)."
 
-    kind: str = named("tokenizer", "challenge")  # challenge, bpe, unigram
+    kind: str = named("tokenizer", "challenge")  # challenge, bpe, unigram, cased
 
 
 @dataclass
