@@ -43,7 +43,7 @@ def without_cache(model, n: int) -> torch.Tensor:
     """Greedy tokens, the whole text through the model for each: (n, TOKENS)."""
     idx = torch.ones(n, 1, dtype=torch.long)
     for _ in range(TOKENS):
-        logits = model.features(idx)[:, -1] @ model.head_weight.T
+        logits = model.logits(model.features(idx)[:, -1])
         idx = torch.cat([idx, logits.argmax(-1, keepdim=True)], 1)
     return idx[:, 1:]
 

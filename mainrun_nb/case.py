@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NONE', 'LOWER', 'TITLE', 'UPPER', 'CASES', 'OWN_PATTERNS', 'N_CASES', 'lower', 'fold', 'has_case', 'case_pattern',
-           'recase', 'case_class', 'fold_token', 'token_pattern', 'Pairs', 'find_pairs']
+           'recase', 'case_class', 'fold_token', 'token_pattern', 'Pairs', 'find_pairs', 'stand_in']
 
 # %% ../nbs/06_case.ipynb #7e449027
 from collections.abc import Iterable, Sequence
@@ -118,3 +118,8 @@ def find_pairs(
         found = case_class(pattern)
         case[i] = min(own.setdefault(pattern, len(CASES) + len(own)), N_CASES - 1) if found is None else found
     return Pairs(piece, case, n_pieces)
+
+# %% ../nbs/06_case.ipynb #50470216
+def stand_in(n_pieces: int) -> Pairs:
+    "Pairs of the usual number and form, for a vocabulary that is not there yet."
+    return Pairs(np.tile(np.arange(n_pieces), 3), np.repeat([LOWER, TITLE, UPPER], n_pieces), n_pieces)

@@ -268,7 +268,7 @@ def load_run(
     found = load_checkpoint(run_dir, which)
     if found is None:
         raise InputError(f"{run_dir}: the run has no checkpoint yet")
-    model = build_model(cfg, tokenizer.vocab_size)
+    model = build_model(cfg, tokenizer.vocab_size, tokenizer.pairs)
     try:
         model.load_state_dict({**found.weights, **(found.state.get("ema") or {})})
     except RuntimeError as e:

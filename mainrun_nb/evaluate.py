@@ -40,18 +40,18 @@ def windows(
 
 # %% ../nbs/23_evaluate.ipynb #e7be8670
 def summed_loss(
-    model: Any,  # has `features` and `head_weight`, or is called for its logits
+    model: Any,  # has `features` and `token_nats`, or is called for its logits
     x: Tensor,  # (B, T)
     y: Tensor,  # (B, T)
     rows: int = 1024,  # rows of logits alive at once
 ) -> Tensor:  # scalar, float64
     "Cross-entropy of the targets in nats, summed."
-    if hasattr(model, "features"):
-        logits = (F.linear(h, model.head_weight) for h in model.features(x).flatten(0, 1).split(rows))
+    if hasattr(model, "token_nats"):
+        found, nats = model.features(x), model.token_nats
     else:
-        logits = iter(model(x)[0].flatten(0, 1).split(rows))
-    parts = [F.cross_entropy(z.float(), t, reduction="none").double().sum() for z, t in zip(logits, y.flatten().split(rows), strict=True)]
-    return torch.stack(parts).sum()
+        found, nats = model(x)[0], lambda z, t: F.cross_entropy(z.float(), t, reduction="none")
+    pieces = zip(found.flatten(0, 1).split(rows), y.flatten().split(rows), strict=True)
+    return torch.stack([nats(part, t).double().sum() for part, t in pieces]).sum()
 
 # %% ../nbs/23_evaluate.ipynb #8d4f8bf7
 @contextmanager

@@ -48,6 +48,8 @@ def refuse_for_gpt2(model: GPT) -> None:
         raise InputError(f"{no} intermediate_dim={bottleneck}: only 0")
     if model.title_mask:
         raise InputError(f"{no} title_mask=True: only False")
+    if model.case_head is not None:
+        raise InputError(f"{no} tokens with letters and case apart (tokenizer.kind=cased): only one embedding for each token")
 
 # %% ../nbs/28_hub.ipynb #551ab608
 _GPT2_NAMES = {

@@ -45,7 +45,7 @@ def _shape(cfg: Config) -> tuple[int, list[int], int]:
 # %% ../nbs/22_memory.ipynb #d4efacac
 def explain(
     cfg: Config,
-    vocab_size: int | None = None,  # of the tokenizer; none: hyperparams.vocab_size
+    vocab_size: int | None = None,  # of the tokenizer (of cased: pieces); none: hyperparams.vocab_size
 ) -> dict[str, int]:  # part -> bytes
     "The five parts of a GPT's training step by formula, in float32 and without dropout: a guide, not the peak."
     hp, vocab_size = cfg.hyperparams, vocab_size or cfg.hyperparams.vocab_size

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from . import moved, sparse_attention, sparsek_stream
+from .case import Pairs, stand_in
 from .config import Config, GPTConfig, InputError, UnetGPTConfig, check_name, check_values, register_section
 from .gpt import GPT, parameter_formula
 from .unet_gpt import UNetGPT
@@ -23,7 +24,7 @@ _MODELS: dict[str, type] = {}
 
 def register_model(
     name: str,  # as `model_architecture` will say it
-    cls: type,  # called as cls(section, attn_section, vocab_size, context_length, title_mask, loss_chunk, checkpoint_activations)
+    cls: type,  # called as cls(section, attn_section, vocab_size, context_length, title_mask, loss_chunk, checkpoint_activations[, pairs])
     schema: type,  # its settings: a dataclass that extends GPTConfig; becomes model_configs.<name>
 ) -> None:
     "Make a model available by name, with settings `model_configs.<name>`. Registering a name again replaces it."
@@ -46,10 +47,10 @@ def room() -> float:
     return min(LARGEST_MODEL, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4)
 
 
-def check_size(section: GPTConfig, attn_section: Any, vocab_size: int, context_length: int) -> None:
+def check_size(section: GPTConfig, attn_section: Any, vocab_size: int, context_length: int, cased: bool) -> None:
     "Raise `InputError` for a model of more parameters than can be, naming the part that has most of them."
     widths = getattr(section, "hidden_layer_list", ())
-    table = parameter_formula(section, attn_section, vocab_size, context_length, widths)
+    table = parameter_formula(section, attn_section, vocab_size, context_length, widths, cased)
     if (total := table.pop("total")) > (most := room()):
         part = max(table, key=lambda p: table[p])
         width = "hidden_layer_list" if widths else "hidden_layer"
@@ -61,6 +62,7 @@ def check_size(section: GPTConfig, attn_section: Any, vocab_size: int, context_l
 def build_model(
     cfg: Config,
     vocab_size: int,  # of the tokenizer; the model's output
+    pairs: Pairs | None = None,  # of a tokenizer of the kind `cased`; none there: stand-ins for `vocab_size` pieces (chapter 22)
 ) -> Any:
     "The model that `cfg` describes. Raises `InputError` for an unknown name or a combination that cannot be."
     hp, attns = cfg.hyperparams, vars(cfg.attn_configs)
@@ -69,24 +71,26 @@ def build_model(
     attention = check_name(section.attention_layer, attns, f"model_configs.{name}.attention_layer")
     for key, part in {"hyperparams": hp, f"model_configs.{name}": section, f"attn_configs.{attention}": attns[attention]}.items():
         check_values(part, f"{key}.")
+    more: dict[str, Any] = {}  # what only some vocabularies need, so that other models need not know of it
+    if pairs or cfg.tokenizer.kind == "cased":
+        more["pairs"] = pairs = pairs or stand_in(vocab_size)
+        vocab_size = len(pairs.piece)
     try:
         if isinstance(section, GPTConfig):
-            check_size(section, attns[attention], vocab_size, hp.context_length)
+            check_size(section, attns[attention], pairs.n_pieces if pairs else vocab_size, hp.context_length, bool(pairs))
         return _MODELS[name](
-            section, attns[attention], vocab_size,
-            context_length=hp.context_length, title_mask=hp.title_mask,
-            loss_chunk=hp.loss_chunk, checkpoint_activations=hp.checkpoint_activations,
-        )
+            section, attns[attention], vocab_size, context_length=hp.context_length, title_mask=hp.title_mask,
+            loss_chunk=hp.loss_chunk, checkpoint_activations=hp.checkpoint_activations, **more)
     except InputError as e:
         raise InputError(f"model_configs.{name} with attn_configs.{attention}: {e}") from None
 
 # %% ../nbs/17_models.ipynb #250e8306
 def count_parameters(
     model: nn.Module,
-    embeddings: bool = True,  # count the tables of tokens and positions too, and an untied head
+    embeddings: bool = True,  # count the tables of tokens, positions and cases too, and an untied head
 ) -> int:
     "Parameters of a model, shared ones once."
-    tables = ("embed.tokens", "embed.positions", "head.")
+    tables = ("embed.tokens", "embed.positions", "embed.cases", "head.")
     return sum(p.numel() for name, p in model.named_parameters() if embeddings or not name.startswith(tables))
 
 # %% ../nbs/17_models.ipynb #8de84a34

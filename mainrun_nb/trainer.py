@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 # %% ../nbs/27_trainer.ipynb #09be5496
+from .case import Pairs
 from .checkpoint import Checkpoint, atomic_write, check_folder, list_checkpoints, load_checkpoint, load_run, remove_later
 from .checkpoint import differences  # noqa: F401  scripts import it from here
 from .checkpoint import rng_state, run_lock, save_checkpoint, set_rng_state, sweep_scratch
@@ -144,12 +145,14 @@ def my_rows(hp: Hyperparams, procs: Processes) -> slice:
     return slice(procs.rank * share, (procs.rank + 1) * share)
 
 
-def make_state(cfg: Config, vocab_size: int, device: torch.device, procs: Processes = Processes()) -> TrainState:  # noqa: B008
+def make_state(
+    cfg: Config, vocab_size: int, device: torch.device, procs: Processes = Processes(), pairs: Pairs | None = None,  # noqa: B008
+) -> TrainState:
     "A fresh state; the seed decides the first weights and all dropout."
     hp = cfg.hyperparams
     my_rows(hp, procs)  # an uneven batch is refused here, before anything is written
     torch.manual_seed(hp.seed)
-    model = build_model(cfg, vocab_size).to(device)
+    model = build_model(cfg, vocab_size, pairs).to(device)
     optimizer, scaler = build_optimizer(model, hp, procs.count), make_scaler(hp, device)
     if procs.rank:
         torch.manual_seed(hp.seed + procs.rank)
@@ -386,7 +389,7 @@ def before_training(
         return json.loads((run_dir / "result.json").read_text())
     rough = formula_need(cfg, hp.vocab_size, device.type, processes)  # builds the model, on fake tensors
     data = prepare_data(cfg, load_tokenizer(run_dir / "tokenizer") if going_on else None)
-    plan, size = make_plan(hp, len(data.train_ids), device.type), data.tokenizer.vocab_size
+    plan, size = make_plan(hp, len(data.train_ids), device.type), data.tokenizer.n_pieces
     return data, plan, check_budget(cfg, size, device.type, processes, rough=rough if size == hp.vocab_size else None)
 
 # %% ../nbs/27_trainer.ipynb #6452e290
@@ -432,7 +435,7 @@ def one_run(
     if isinstance(ready, dict):
         return ready
     data, plan, memory = ready
-    state = make_state(cfg, data.tokenizer.vocab_size, device, procs)
+    state = make_state(cfg, data.tokenizer.vocab_size, device, procs, data.tokenizer.pairs)
     with ExitStack() as held:
         found = procs.share(lambda: claim(held, run_dir, cfg, resume, data))
         tracker = Tracker(None if procs.rank else run_dir, cfg, found.step if found else None, on_event)
