@@ -6,6 +6,7 @@
 __all__ = ['register_model', 'build_model', 'count_parameters']
 
 # %% ../nbs/17_models.ipynb #81f913a9
+import inspect
 import os
 from typing import Any
 
@@ -58,6 +59,27 @@ def check_size(section: GPTConfig, attn_section: Any, vocab_size: int, context_l
                    "mlp": f"{width} and mlp_ratio", "projections": f"d_model and {width}"}.get(part, width)
         raise InputError(f"{made_by}: make {table[part]:.1e} parameters of the {part}, found {total:.1e} in all; at most {most:.1e}")
 
+# %% ../nbs/17_models.ipynb #4293b9b4
+def checked_sections(cfg: Config) -> tuple[str, Any, str, Any]:  # model, its section, attention, its section
+    "The names and sections of the model that `cfg` describes, checked. Raises `InputError`."
+    hp, attns = cfg.hyperparams, vars(cfg.attn_configs)
+    name = check_name(hp.model_architecture, _MODELS, "hyperparams.model_architecture")
+    section = getattr(cfg.model_configs, name)
+    attention = check_name(section.attention_layer, attns, f"model_configs.{name}.attention_layer")
+    for key, part in {"hyperparams": hp, f"model_configs.{name}": section, f"attn_configs.{attention}": attns[attention]}.items():
+        check_values(part, f"{key}.")
+    return name, section, attention, attns[attention]
+
+
+def takes_pairs(cls: type, pairs: Pairs | None) -> dict[str, Pairs]:
+    "The pairs as an argument of the model's class, if there are any. Raises `InputError` for a class that does not know of them."
+    if pairs is None:
+        return {}
+    parameters = inspect.signature(cls).parameters.values()
+    if not any(p.name == "pairs" or p.kind is p.VAR_KEYWORD for p in parameters):
+        raise InputError(f"{cls.__name__} takes no `pairs`, which tokenizer.kind=cased needs; see GPT in chapter 15")
+    return {"pairs": pairs}
+
 # %% ../nbs/17_models.ipynb #f539a257
 def build_model(
     cfg: Config,
@@ -65,22 +87,17 @@ def build_model(
     pairs: Pairs | None = None,  # of a tokenizer of the kind `cased`; none there: stand-ins for `vocab_size` pieces (chapter 22)
 ) -> Any:
     "The model that `cfg` describes. Raises `InputError` for an unknown name or a combination that cannot be."
-    hp, attns = cfg.hyperparams, vars(cfg.attn_configs)
-    name = check_name(hp.model_architecture, _MODELS, "hyperparams.model_architecture")
-    section = getattr(cfg.model_configs, name)
-    attention = check_name(section.attention_layer, attns, f"model_configs.{name}.attention_layer")
-    for key, part in {"hyperparams": hp, f"model_configs.{name}": section, f"attn_configs.{attention}": attns[attention]}.items():
-        check_values(part, f"{key}.")
-    more: dict[str, Any] = {}  # what only some vocabularies need, so that other models need not know of it
-    if pairs or cfg.tokenizer.kind == "cased":
-        more["pairs"] = pairs = pairs or stand_in(vocab_size)
-        vocab_size = len(pairs.piece)
+    hp, (name, section, attention, attn_section) = cfg.hyperparams, checked_sections(cfg)
+    if pairs is None and cfg.tokenizer.kind == "cased":
+        pairs = stand_in(vocab_size)
+    pieces, ids = (pairs.n_pieces, len(pairs.piece)) if pairs else (vocab_size, vocab_size)
     try:
         if isinstance(section, GPTConfig):
-            check_size(section, attns[attention], pairs.n_pieces if pairs else vocab_size, hp.context_length, bool(pairs))
+            check_size(section, attn_section, pieces, hp.context_length, bool(pairs))
         return _MODELS[name](
-            section, attns[attention], vocab_size, context_length=hp.context_length, title_mask=hp.title_mask,
-            loss_chunk=hp.loss_chunk, checkpoint_activations=hp.checkpoint_activations, **more)
+            section, attn_section, ids, context_length=hp.context_length, title_mask=hp.title_mask,
+            loss_chunk=hp.loss_chunk, checkpoint_activations=hp.checkpoint_activations, **takes_pairs(_MODELS[name], pairs),
+        )
     except InputError as e:
         raise InputError(f"model_configs.{name} with attn_configs.{attention}: {e}") from None
 

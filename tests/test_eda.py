@@ -44,7 +44,7 @@ def test_counts_agree_with_a_plain_count():
     assert openings(titles, 2, 3) == Counter(" ".join(t.split()[:2]) for t in titles).most_common(3)
 
 
-@pytest.mark.parametrize("kind", ["bpe", "unigram", "challenge"])
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "cased", "challenge"])
 def test_token_counts_for_every_tokenizer(kind):
     titles = ["", "a <eos> b", "naïve 青空 – Ünï", *sample_titles(200, seed=2)]
     train, val = titles[:150], titles[150:]

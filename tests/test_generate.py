@@ -190,7 +190,7 @@ def test_a_stream_is_a_growing_prefix_of_the_title(trained, kind):
         check_stream(Reciter(ids, tokenizer.vocab_size), tokenizer, rng.choice(PROMPTS), temperature=0, max_tokens=most)
 
 
-@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "cased"])
 def test_an_emoji_appears_whole(kind, trained):
     tokenizer = train_tokenizer(sample_titles(100, 0), (), kind, 300)  # it has seen no emoji
     shown = check_stream(Reciter(tokenizer.encode("a 😀 b"), tokenizer.vocab_size), tokenizer, "", temperature=0)

@@ -99,7 +99,7 @@ def test_word_classes_agree_on_every_code_point() -> None:
             assert not differ, [hex(ord(c)) for c in differ[:10]]
 
 
-@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "cased"])
 def test_round_trip_of_any_unicode(trained: dict[str, Tokenizer], kind: str) -> None:
     texts, tokenizer = fuzz(5_000, 11), trained[kind]
     for text in texts:
@@ -130,13 +130,13 @@ def unicode(n: int, seed: int) -> list[str]:
     return [rng.choice(ends) + "".join(part() for _ in range(rng.randint(0, 6))) + rng.choice(ends) for _ in range(n)]
 
 
-@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "cased"])
 def test_round_trip_of_2_000_texts_from_all_planes(trained: dict[str, Tokenizer], kind: str) -> None:
     for text in unicode(2_000, 19):
         assert trained[kind].decode(trained[kind].encode(text)) == text, ascii(text)
 
 
-@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "cased"])
 def test_round_trip_of_every_code_point(trained: dict[str, Tokenizer], kind: str) -> None:
     "All 1,112,064 of them, in titles of 1,024."
     codes = [c for c in range(0x110000) if not 0xD800 <= c < 0xE000]
@@ -213,7 +213,7 @@ def test_stream_is_the_titles_one_by_one(trained: dict[str, Tokenizer], kind: st
 def test_literal_specials(trained: dict[str, Tokenizer]) -> None:
     "Text in the lossless kinds; separators, and counted, in the challenge's."
     titles = ["<eos> is a token", "a<eos>b<eos>", "<pad> and <unk>"]
-    for kind in ("bpe", "unigram"):
+    for kind in ("bpe", "unigram", "cased"):
         assert np.flatnonzero(trained[kind].encode_titles(titles) <= 2).size == 3
         assert trained[kind].encode("<eos>") != [1]
         assert train_tokenizer(titles, (), kind, 300).meta["eos_in_titles"] == 3
