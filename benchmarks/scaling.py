@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from mainrun_nb.config import Config, load_config
+from mainrun_nb.data import Batches
 from mainrun_nb.evaluate import total_nats, windows
 from mainrun_nb.models import count_parameters
 from mainrun_nb.scaling import noise_scale
@@ -56,9 +57,9 @@ def train_once(cfg: Config, data: RunData, share: float) -> dict:
     "One run over a share of one pass, and what came of it."
     hp, cpu = cfg.hyperparams, time.process_time()
     plan = make_plan(hp, int(share * len(data.train_ids)))
-    state = make_state(cfg, data.tokenizer.vocab_size, torch.device("cpu"))
+    state, batches = make_state(cfg, data.tokenizer.vocab_size, torch.device("cpu")), Batches(data.train_ids, hp)
     while state.step < plan.max_steps:
-        take_step(state, state.model, data.train_ids, slice(None), hp, plan.max_steps)
+        take_step(state, state.model, batches, slice(None), hp, plan.max_steps)
     metrics, gpt = evaluate_state(state, data, cfg, challenge=False), cfg.model_configs.gpt
     return {"n": count_parameters(state.model, embeddings=False), "d": state.step * hp.batch_size * hp.context_length,
             "loss": round(metrics["val/loss"], 5), "nats_per_token": round(metrics["val/nats_per_token"], 5), "width": gpt.d_model,
@@ -79,10 +80,10 @@ def measure_runs() -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]
 
 def steps_to(cfg: Config, data: RunData, target: float, cap: int) -> dict:
     "Steps (interpolated) until the loss on the first 16,384 validation tokens is `target`, and the noise scale on the way."
-    hp, check = cfg.hyperparams, data.val_ids[:16_384]
+    hp, check, batches = cfg.hyperparams, data.val_ids[:16_384], Batches(data.train_ids, cfg.hyperparams)
     state, norms, due, before = make_state(cfg, data.tokenizer.vocab_size, torch.device("cpu")), [], 1, (0, math.inf)
     while state.step < cap:
-        result = take_step(state, state.model, data.train_ids, slice(None), hp, cap).result
+        result = take_step(state, state.model, batches, slice(None), hp, cap).result
         norms.append([float(norm or 0) ** 2 for norm in (result.micro_norm, result.grad_norm)])
         if state.step < min(due, cap):
             continue

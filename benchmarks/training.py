@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mainrun_nb.config import Config, load_config
+from mainrun_nb.data import Batches
 from mainrun_nb.models import count_parameters
 from mainrun_nb.runtime import freed_memory_kept
 from mainrun_nb.trainer import make_state, read_steps, take_step
@@ -138,10 +139,10 @@ def ours(name: str, **settings) -> None:
         hp = cfg.hyperparams
         vars(hp).update({"amp_bool": False, "optimizer": "adamw", **settings})
         state = make_state(cfg, VOCAB, stream.device)
-        everything = slice(0, hp.batch_size)
+        batches, everything = Batches(stream, hp, stream.device), slice(0, hp.batch_size)
 
         def step() -> float:
-            return read_steps([take_step(state, state.model, stream, everything, hp, 10_000)])[0]["train/loss"]
+            return read_steps([take_step(state, state.model, batches, everything, hp, 10_000)])[0]["train/loss"]
 
         return step, count_parameters(state.model)
 

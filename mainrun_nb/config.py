@@ -178,6 +178,8 @@ class Hyperparams:
     r_drop: float = at_least(0, 0.0)  # weight of R-Drop's symmetric KL; 0 is off
     ema: float = between(0, 1, 0.0)  # decay of the averaged weights; 0 is off
     title_mask: bool = False  # a title attends only to itself
+    rows: str = one_of("stream", "titles")  # titles: a row of a batch holds whole titles, padded (chapter 03); needs title_mask
+    shuffle: bool = False  # draw the order of the titles anew for each pass, from the seed
     loss_chunk: int = at_least(0, 512)  # rows of logits alive at once in the loss; 0 is all of them
     checkpoint_activations: bool = False  # recompute each block in the backward pass: less memory, more time
     compile: bool = False  # torch.compile
@@ -188,6 +190,11 @@ class Hyperparams:
     save_every: int = at_least(0, 0)  # steps between checkpoints, besides those at each evaluation; 0: only those
     keep_checkpoints: int = positive(2)  # newest checkpoints kept, besides the best
     memory_budget_gb: float | None = optional_positive(most=LARGEST[float])  # refuse a run that needs more; null: the memory there is
+
+    def check(self) -> None:
+        "What settings must not say together. Raises `InputError`."
+        if self.rows == "titles" and not self.title_mask:
+            raise InputError("hyperparams.rows=titles: needs hyperparams.title_mask=true, or the titles of a row would see each other")
 
 # %% ../nbs/00_config.ipynb #f222ef56
 @dataclass
@@ -435,6 +442,8 @@ def check_values(section: Any, path: str = "") -> None:
             setattr(section, f.name, own)
         elif "check" in f.metadata or isinstance(value, float):
             check_number(value, key, f.metadata)
+    if hasattr(section, "check"):
+        section.check()
 
 # %% ../nbs/00_config.ipynb #30244846
 def load_config(

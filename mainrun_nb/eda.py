@@ -23,7 +23,7 @@ import numpy as np
 
 from . import moved
 from .config import Config, InputError
-from .data import joined_chars, load_titles, split_titles
+from .data import joined_chars, load_titles, reference_losses, split_titles, token_stream
 
 # %% ../nbs/04_eda.ipynb #fda5fa4f
 def count_words(titles: Iterable[str]) -> Counter[str]:
@@ -342,6 +342,15 @@ def explore_titles(train: list[str], val: list[str]) -> Part:
         "lengths": [lambda ax: plot_lengths(ax, sizes, "characters")],
     }
 
+# %% ../nbs/04_eda.ipynb #cc90a318
+def counting_rows(train: list[str], val: list[str], tokenizer: Any) -> Rows:
+    "The losses of counting models, where there is something to count and something to score."
+    if not val:
+        return {}
+    found = reference_losses(token_stream(train, tokenizer), token_stream(val, tokenizer), tokenizer.vocab_size, joined_chars(val))
+    names = {"unigram": "single tokens", "bigram": "pairs", "kneser_ney": "up to five tokens (Kneser-Ney)"}
+    return {f"nats per character, counting {names[kind]}": {"validation": loss} for kind, loss in found.items()}
+
 # %% ../nbs/04_eda.ipynb #f56f4489
 def explore_tokens(train: list[str], val: list[str], tokenizer: Any) -> Part:
     "Rows and pictures of the tokens."
@@ -352,7 +361,7 @@ def explore_tokens(train: list[str], val: list[str], tokenizer: Any) -> Part:
     rows = token_rows(counted["train"], counted.get("validation"))
     rows["first ten ids"] = {"train": str(counted["train"].first)}
     rows["first ten ids decoded"] = {"train": str(tokenizer.decode(counted["train"].first))}
-    rows |= zipf_rows(tokens) | script_rows(scripts)
+    rows |= zipf_rows(tokens) | script_rows(scripts) | counting_rows(train, val, tokenizer)
     rows["title with most tokens (tokens, index)"] = {name: longest(named[name], part.lengths) for name, part in counted.items()}
     return rows, {
         "scripts": [lambda ax: plot_scripts(ax, scripts)],

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from .config import Hyperparams, InputError, check_name, register_name
+from .data import UNCOUNTED
 
 # %% ../nbs/21_optim.ipynb #27227a57
 def parameter_groups(
@@ -294,15 +295,28 @@ def _measure_and_clip(model: nn.Module, limit: float) -> Tensor:
 
 
 def _backward(
-    model: nn.Module, x: Tensor, y: Tensor, hp: Hyperparams, scaler: torch.amp.GradScaler | None, last: bool,
+    model: nn.Module, x: Tensor, y: Tensor, hp: Hyperparams, scaler: torch.amp.GradScaler | None, last: bool, divisor: int | Tensor,
 ) -> Tensor:  # the part's share of the loss
     "Forward and backward pass of one of the hp.grad_accum parts of a batch; only after the last do processes exchange gradients."
     ddp, extra = _ddp(model), {"r_drop": hp.r_drop} if hp.r_drop else {}
     with nullcontext() if last or ddp is None else ddp.no_sync():
         with autocast(hp, x.device):
-            loss = model(x, y, **extra)[1] / hp.grad_accum
+            loss = model(x, y, **extra)[1] / divisor
         (scaler.scale(loss) if scaler else loss).backward()
     return loss.detach()
+
+# %% ../nbs/21_optim.ipynb #1f290354
+def divisors(model: nn.Module, y: Tensor, hp: Hyperparams) -> list[int | Tensor]:
+    "What the mean loss of each of the hp.grad_accum parts is divided by, so that each counted token of the batch weighs the same."
+    parts = hp.grad_accum
+    if hp.rows != "titles":
+        return [parts] * parts
+    counted = torch.stack([(part != UNCOUNTED).sum() for part in y.chunk(parts)]).float()
+    whole = counted.sum()
+    if _ddp(model):  # whose gradients are the mean of the processes'
+        dist.all_reduce(whole)
+        whole = whole / dist.get_world_size()
+    return list(whole / counted)
 
 # %% ../nbs/21_optim.ipynb #f2a52c50
 def accumulate(
@@ -316,11 +330,11 @@ def accumulate(
     n = hp.grad_accum
     if len(x) % n:
         raise InputError(f"hyperparams.grad_accum: must divide the {len(x)} rows of a batch on each device, found {n}")
-    loss, first = torch.zeros((), device=x.device), None
+    loss, first, over = torch.zeros((), device=x.device), None, divisors(model, y, hp)
     for i, (xs, ys) in enumerate(zip(x.chunk(n), y.chunk(n), strict=True)):
-        loss += _backward(model, xs, ys, hp, scaler, last=i == n - 1)
+        loss += _backward(model, xs, ys, hp, scaler, i == n - 1, over[i])
         if i == 0 and n > 1:
-            first = _grad_norm(model) * n
+            first = _grad_norm(model) * over[0]
             first = first / scaler.scale(torch.ones_like(first)) if scaler else first
     return loss, first
 

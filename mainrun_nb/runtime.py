@@ -228,6 +228,7 @@ def speed_report(
     hp: Hyperparams,
     device: torch.device,
     processes: int = 1,
+    tokens: float = 0,  # of a step; 0: its whole rows
 ) -> dict[str, float | None]:
     "Throughput in operations per second, and as a fraction of the measured matrix rate and (16 bits, known GPU) of the data sheet's."
     if not tokens_per_second:
@@ -235,7 +236,7 @@ def speed_report(
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[hp.amp_dtype] if hp.amp_bool else torch.float32
     peak = known_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" and hp.amp_bool else None
     rate, done = matrix_rate(device, dtype), 6 * parameters * tokens_per_second * (2 if hp.r_drop else 1) / processes
-    return {"step_seconds": hp.batch_size * hp.context_length / tokens_per_second, "flops_per_second": done * processes,
+    return {"step_seconds": (tokens or hp.batch_size * hp.context_length) / tokens_per_second, "flops_per_second": done * processes,
             "matrix_flops_per_second": rate, "matrix_fraction": done / rate, "mfu": done / peak if peak else None}
 
 # %% ../nbs/20_runtime.ipynb #b93c5118

@@ -10,6 +10,7 @@ import random
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,28 @@ import pytest
 import torch
 
 from mainrun_nb import data, sources
-from mainrun_nb.config import InputError, load_config
-from mainrun_nb.data import fingerprint, get_batch, joined_chars, ngram_losses, split_titles, steps_per_epoch
+from mainrun_nb.config import Hyperparams, InputError, load_config
+from mainrun_nb.data import (
+    PAD,
+    UNCOUNTED,
+    Batches,
+    KneserNey,
+    fingerprint,
+    get_batch,
+    joined_chars,
+    ngram_losses,
+    reference_losses,
+    shuffled_stream,
+    split_titles,
+    steps_per_epoch,
+    title_rows,
+    token_stream,
+)
 from mainrun_nb.sources import HUB_NAME, check_text, check_titles, draw, load_titles, read_titles
+from mainrun_nb.tokenizer import train_tokenizer
 
 PIN = load_config().data.revision
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def config(source, n=20, *more):
@@ -408,6 +426,132 @@ def test_references_of_known_streams():
     cycle = torch.arange(60_000) % 3 + 2
     found = ngram_losses(cycle, cycle[:3000], 5, 3000)
     assert abs(found["unigram"] - np.log(3)) < 1e-3 and found["bigram"] < 1e-3
+
+
+def titles_stream(rng, n, kinds, longest):
+    """A stream of `n` titles of 0 to `longest` tokens."""
+    return torch.tensor([i for _ in range(n) for i in [*rng.integers(2, kinds, rng.integers(0, longest + 1)).tolist(), 1]])
+
+
+def whole_titles(ids, length=10**9):
+    """The titles of a stream, sorted; those longer than a row in pieces of its length."""
+    titles, found = [[]], []
+    for i in ids.tolist():
+        titles[-1].append(i)
+        if i == 1:
+            titles.append([])
+    for title in titles:
+        found += [tuple(title[k : k + length]) for k in range(0, len(title), length)]
+    return sorted(found)
+
+
+def test_a_drawn_order_keeps_every_title_whole_and_follows_from_seed_and_pass():
+    rng = np.random.default_rng(0)
+    for n in (1, 2, 50, 400):
+        ids = titles_stream(rng, n, 90, 12)
+        draws = {(seed, epoch): shuffled_stream(ids, seed, epoch) for seed in (0, 1, 2**62) for epoch in (0, 1, 10**6)}
+        assert all(whole_titles(d) == whole_titles(ids) and len(d) == len(ids) and d[-1] == 1 for d in draws.values())
+        assert all(torch.equal(d, shuffled_stream(ids, *key)) for key, d in draws.items())
+        assert n < 50 or len({tuple(d.tolist()) for d in draws.values()}) == len(draws)
+
+
+def test_rows_hold_whole_titles_and_each_token_once():
+    rng = np.random.default_rng(1)
+    for n, longest, length in [(1, 3, 2), (40, 6, 8), (300, 20, 16), (300, 20, 64), (200, 90, 16), (5, 0, 4)]:
+        ids = titles_stream(rng, n, 90, longest)
+        for order in (None, rng.permutation(n)):
+            x, y = title_rows(ids, length, order)
+            counted = y != UNCOUNTED
+            assert torch.equal(y[counted].sort().values, ids.sort().values) and (x == 1).sum() == n
+            assert sorted(map(tuple, _titles_of_rows(x, y))) == whole_titles(ids, length)
+            assert (x[~counted] == PAD).all() and (counted[:, 1:] <= counted[:, :-1]).all()
+            fewest = -(-len(ids) // length)
+            assert fewest <= len(x) <= 1.3 * fewest + 1 or longest > length  # best fit is near the least there can be
+
+
+def _titles_of_rows(x, y):
+    """The targets of each title, or piece of one, in rows: it begins at an `<eos>` or at the start of a row."""
+    for row, targets in zip(x.tolist(), y.tolist(), strict=True):
+        starts = [i for i, (a, b) in enumerate(zip(row, targets, strict=True)) if b != UNCOUNTED and (a == 1 or i == 0)]
+        real = sum(t != UNCOUNTED for t in targets)
+        for start, stop in zip(starts, [*starts[1:], real], strict=True):
+            assert row[start + 1 : stop] == targets[start : stop - 1]  # each input is the target before it
+            yield targets[start:stop]
+
+
+def test_batches_are_a_function_of_their_number_and_every_pass_is_whole():
+    ids = titles_stream(np.random.default_rng(2), 300, 90, 12)
+    for options in [{}, dict(shuffle=True), dict(rows="titles"), dict(rows="titles", shuffle=True)]:
+        hp = Hyperparams(batch_size=4, context_length=32, title_mask=True, **options)
+        batches = Batches(ids, hp)
+        n, seen = batches.count, [batches[k] for k in range(3 * batches.count)]
+        for k in np.random.default_rng(3).permutation(3 * n):
+            assert all(map(torch.equal, Batches(ids, hp)[int(k)], seen[k]))
+        for epoch in range(3):  # what a pass leaves out is less than a batch
+            y = torch.cat([y.flatten() for _, y in seen[epoch * n : (epoch + 1) * n]])
+            assert len(ids) - (y != UNCOUNTED).sum() <= 4 * 32
+        assert batches.tokens <= 4 * 32 and (batches.tokens == 4 * 32) == (not batches.whole)
+    changed = Batches(ids, replace(hp, seed=1))
+    assert not torch.equal(changed[0][1], seen[0][1])
+
+
+def test_kneser_ney_of_three_titles_counted_by_hand():
+    model = KneserNey([3, 4, 1, 3, 4, 1, 3, 1], vocab_size=5, order=2)  # the titles ab, ab and a
+    one, two = model.levels
+    assert one.counts.tolist() == [2, 1, 1]  # tokens before <eos>, a, b
+    assert two.counts.tolist() == [3, 1, 2, 2]  # of (<eos>, a), (a, <eos>), (a, b), (b, <eos>)
+    np.testing.assert_allclose(one.discount, [0, 0.5, 2, 3], atol=1e-12)
+    np.testing.assert_allclose(two.discount, [0, 0.2, 1.7, 3], atol=1e-12)
+    p_a = p_b = 0.5 / 4 + 0.75 / 5
+    p_eos = 0.75 / 5
+    by_hand = [p_a, (2 - 1.7) / 3 + 1.9 / 3 * p_b, (2 - 1.7) / 2 + 1.7 / 2 * p_eos]
+    np.testing.assert_allclose(model.probabilities([3, 4, 1]), by_hand, atol=1e-12)
+    np.testing.assert_allclose(model.probabilities([2, 3, 1])[:2], [0.75 / 5, p_a], atol=1e-12)  # a token and a context never seen
+
+
+@pytest.mark.parametrize("order", [1, 2, 5])
+def test_kneser_ney_adds_up_to_one_after_every_context(order):
+    rng = np.random.default_rng(order)
+    model = KneserNey(titles_stream(rng, 200, 12, 9), 15, order)
+    for context in [[], [2], [14], [3, 14], [14, 3, 4], *(rng.integers(2, 15, 7).tolist() for _ in range(8))]:
+        asked = [[*context, w, *[1] * (w != 1)] for w in range(15)]
+        at = np.cumsum([len(t) for t in asked]) - 1 - np.array([w != 1 for w in range(15)])
+        p = model.probabilities(np.concatenate(asked))[at]
+        assert abs(p.sum() - 1) < 1e-12 and (p > 0).all()
+
+
+def test_references_are_kept_and_damage_costs_only_time(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    rng, folder = np.random.default_rng(4), tmp_path / "mainrun_nb" / "references"
+    train, val = titles_stream(rng, 300, 90, 12), titles_stream(rng, 30, 90, 12)
+    honest = ngram_losses(train, val, 90, 500)
+    assert reference_losses(train, val, 90, 500) == honest and not folder.exists()  # counted in no time
+    monkeypatch.setattr(data, "KEPT_FROM", 100)
+    monkeypatch.setattr(data, "KEPT", 3)
+    assert reference_losses(train, val, 90, 500) == honest
+    (file,) = folder.iterdir()
+    with monkeypatch.context() as m:
+        m.setattr(data, "ngram_losses", None)
+        assert reference_losses(train, val, 90, 500) == honest
+    for damage in ("", "{", file.read_text()[:-9], file.read_text().replace("1", "2", 1), "[1]", "null"):
+        file.write_text(damage)
+        assert reference_losses(train, val, 90, 500) == honest == json.loads(file.read_text())["losses"]
+    for other in [(train[1:], val, 90, 500), (train, val[1:], 90, 500), (train, val, 91, 500), (train, val, 90, 501)]:
+        assert reference_losses(*other) == ngram_losses(*other) != honest
+    assert len(list(folder.iterdir())) == 3
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file / "no" / "folder"))
+    assert reference_losses(train, val, 90, 500) == honest
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_what_counting_reaches_on_the_recipes_own_tokens():
+    cfg = load_config(ROOT / "sweeps/sota/small.yaml", [f"data.source={os.environ['HN_TITLES']}"])
+    train, val = split_titles(load_titles(cfg), cfg)
+    if len(read_titles(os.environ["HN_TITLES"])) == 394_242:
+        tokenizer = train_tokenizer(train, kind="unigram", vocab_size=16_000)
+        a, b = (token_stream(half, tokenizer) for half in (train, val))
+        assert ngram_losses(a, b, tokenizer.vocab_size, joined_chars(val))["kneser_ney"] == pytest.approx(1.28547, abs=5e-6)
 
 
 @pytest.mark.real

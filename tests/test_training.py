@@ -22,6 +22,7 @@ from mainrun_nb.checkpoint import list_checkpoints, load_checkpoint, load_run, r
 from mainrun_nb.config import Hyperparams, InputError, RunError, load_config
 from mainrun_nb.gpt import GPT
 from mainrun_nb.optim import StepResult
+from mainrun_nb.tokenizer import BPETokenizer
 from mainrun_nb.tracking import read_events
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,7 +57,7 @@ def assert_same_run(a, b):
     one, two = load_checkpoint(a), load_checkpoint(b)
     assert one.step == two.step and one.metrics == two.metrics
     assert all(torch.equal(one.weights[k], two.weights[k]) for k in one.weights)
-    assert one.state["ptr"] == two.state["ptr"] and torch.equal(one.state["rng"][0]["cpu"], two.state["rng"][0]["cpu"])
+    assert one.state["step"] == two.state["step"] and torch.equal(one.state["rng"][0]["cpu"], two.state["rng"][0]["cpu"])
     assert all(torch.equal(one.state["ema"][k], two.state["ema"][k]) for k in one.state["ema"] or {})
     assert (a / "samples.txt").read_text() == (b / "samples.txt").read_text()
     assert timeless(read_events(a)) == timeless(read_events(b))
@@ -149,7 +150,8 @@ def steps_logged(run_dir):
 
 
 def test_killed_again_and_again_it_ends_with_the_same_bits(tmp_path):
-    options = ["hyperparams.ema=0.9", "hyperparams.grad_accum=2", "hyperparams.optimizer=muon", "hyperparams.save_every=1"]
+    options = ["hyperparams.ema=0.9", "hyperparams.grad_accum=2", "hyperparams.optimizer=muon", "hyperparams.save_every=1",
+               "hyperparams.shuffle=true"]
     quick(tiny(*options), tmp_path / "whole")
     run_dir, chance, debris = tmp_path / "cut", random.Random(0), 0
     for attempt in range(5):
@@ -348,7 +350,18 @@ def test_compiled_training_loses_the_same_and_its_warm_up_is_not_timed(plain, tm
     assert load_run(tmp_path)[1](torch.zeros(1, 4, dtype=torch.long))[0].shape == (1, 4, 400)
 
 
-@pytest.mark.parametrize("options", [["r_drop=2"], ["amp_bool=true", "ema=0.8", "title_mask=true"], ["optimizer=adafactor", "grad_clip=0"]])
+WHOLE = ["rows=titles", "title_mask=true"]
+PASSES = "num_titles=100"  # of four or five steps each
+
+
+@pytest.mark.parametrize("options", [["grad_accum=4"], ["grad_accum=16", "r_drop=2"]])
+def test_padded_rows_may_be_taken_in_any_number_of_parts(tmp_path, options):
+    whole = short(tmp_path / "a", *(f"hyperparams.{o}" for o in [*WHOLE, *options[1:]]))
+    torch.testing.assert_close(short(tmp_path / "b", *(f"hyperparams.{o}" for o in [*WHOLE, *options])), whole, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("options", [["r_drop=2"], ["amp_bool=true", "ema=0.8", "title_mask=true"], ["optimizer=adafactor", "grad_clip=0"],
+                                     ["shuffle=true", PASSES], [*WHOLE, "shuffle=true", "grad_accum=2", PASSES]])
 def test_options_that_do_and_still_resume_to_the_bit(tmp_path, options):
     cfg = tiny("hyperparams.max_steps=12", *(f"hyperparams.{o}" for o in options))
     quick(cfg, tmp_path / "a")
@@ -370,11 +383,42 @@ def test_the_average_is_what_is_evaluated_and_loaded(tmp_path):
 
 def test_reading_the_device_ten_steps_at_a_time_changes_no_number(finished, tmp_path, monkeypatch):
     plan = trainer.make_plan
-    monkeypatch.setattr(trainer, "make_plan", lambda hp, n, device: plan(hp, n, "cuda"))
+    monkeypatch.setattr(trainer, "make_plan", lambda hp, n, device, per_epoch: plan(hp, n, "cuda", per_epoch))
     quick(tiny("hyperparams.save_every=15"), tmp_path)
     one, ten = ([e for e in timeless(read_events(d)) if e["event"] == "training_step"] for d in (finished, tmp_path))
     assert one == ten
     assert json.loads((tmp_path / "result.json").read_text())["val/loss"] == json.loads((finished / "result.json").read_text())["val/loss"]
+
+
+# --- batches ---
+
+
+def test_a_pass_is_as_many_steps_in_any_order_and_its_losses_are_its_own(tmp_path):
+    runs = {order: short(tmp_path / order, f"hyperparams.{PASSES}", f"hyperparams.shuffle={order}", "hyperparams.max_steps=12",
+                         "hyperparams.lr=1.0e-9") for order in ("true", "false")}  # the weights hardly move: a loss is its batch's
+    n = trainer.prepare_data(tiny(f"hyperparams.{PASSES}")).info["tokens_per_epoch"] // (16 * 32)
+    assert n in (4, 5)
+    kept, drawn = runs["false"], runs["true"]
+    torch.testing.assert_close(kept[:n], kept[n : 2 * n], atol=1e-4, rtol=0)
+    assert (drawn[:n] - drawn[n : 2 * n]).abs().max() > 1e-3 and (drawn[:n] - kept[:n]).abs().max() > 1e-3
+    torch.testing.assert_close(drawn[:n].mean(), kept[:n].mean(), atol=5e-3, rtol=0)
+
+
+def test_rows_of_whole_titles_count_real_tokens_and_say_what_they_cut(tmp_path):
+    options = [f"hyperparams.{o}" for o in [*WHOLE, PASSES, "context_length=16", "batch_size=8"]]
+    with pytest.warns(UserWarning, match=r"rows=titles: \d+ of 90 training titles are cut, longer than the 16 tokens"):
+        result = quick(tiny(*options, "hyperparams.max_steps=6"), tmp_path)
+    data = result.metrics["data"]
+    assert 0 < data["titles_cut"] < 90 and 0 < data["rows_padding"] < 0.2
+    real = 8 * 16 * (1 - data["rows_padding"])  # tokens of a step
+    assert result.metrics["tokens_per_second"] * result.metrics["step_seconds"] == pytest.approx(real)
+    step = next(e for e in read_events(tmp_path) if e["event"] == "training_step")
+    assert step["tokens_per_second"] * step["seconds"] == pytest.approx(real)
+
+
+def test_rows_of_whole_titles_need_the_title_mask():
+    with pytest.raises(InputError, match="hyperparams.rows=titles: needs hyperparams.title_mask=true"):
+        tiny("hyperparams.rows=titles")
 
 
 # --- what a run leaves behind ---
@@ -392,13 +436,42 @@ def test_the_result_is_complete(finished):
               "steps", "skipped_steps", "tokens_per_second", "step_seconds", "flops_per_second", "matrix_flops_per_second",
               "matrix_fraction", "mfu", "peak_memory_bytes", "parameters", "seed", "data", "device", "versions", "commit"}
     assert wanted <= result.keys()
-    assert {"source", "revision", "n_titles", "sha256", "tokens_per_epoch"} <= result["data"].keys()
+    assert {"source", "revision", "n_titles", "sha256", "tokens_per_epoch", "lost_titles", "reference/kneser_ney"} <= result["data"].keys()
+    assert result["lossless"] is True and result["data"]["lost_titles"] == 0
+    assert result["beats_counting"] is (result["val/loss"] < result["data"]["reference/kneser_ney"])
     assert 0 < result["matrix_fraction"] < 2 and result["tokens_per_second"] == pytest.approx(16 * 32 / result["step_seconds"])
     kinds = [e["event"] for e in read_events(finished)]
     opening = ["hyperparameters_configured", "device_info", "dataset_info", "model_configured", "memory_estimate", "model_info"]
     assert kinds[:6] == opening and kinds[-1] == "run_finished"
     step = next(e for e in read_events(finished) if e["event"] == "training_step")
     assert {"train/loss", "train/nats_per_char", "lr", "grad_norm", "tokens_per_second", "memory_bytes", "step", "max_steps"} <= step.keys()
+
+
+def test_a_result_says_what_it_is_not(finished, tmp_path):
+    metrics = json.loads((finished / "result.json").read_text())
+    metrics["val/loss"], metrics["beats_counting"] = 1.0, False
+    said = trainer.RunResult(finished, metrics).summary()
+    assert "the model has learned less than a table of counts" in said and "not comparable" not in said
+    metrics["beats_counting"], metrics["data"]["lost_titles"] = True, 3
+    said = trainer.RunResult(finished, metrics).summary()
+    assert "1.0000 nats per character (not comparable: 3 of 100 validation titles do not come back" in said
+    assert "table of counts" not in said
+    for key in ("beats_counting", "lossless"):
+        del metrics[key]
+    for key in ("lost_titles", "reference/kneser_ney"):  # the result of an earlier version
+        del metrics["data"][key]
+    assert "bigram reference" in trainer.RunResult(finished, metrics).summary()
+
+
+def test_a_tokenizer_that_loses_letters_is_marked_in_result_and_evaluation(tmp_path, monkeypatch):
+    honest = BPETokenizer._encode_titles
+    monkeypatch.setattr(BPETokenizer, "_encode_titles", lambda self, titles: honest(self, [title.lower() for title in titles]))
+    result = quick(tiny("hyperparams.max_steps=2"), tmp_path)
+    assert result.metrics["lossless"] is False and result.metrics["data"]["lost_titles"] > 90
+    assert "(not comparable: " in result.summary().splitlines()[0]
+    scored = trainer.evaluate_run(tmp_path)
+    assert (scored["lossless"], scored["lost_titles"]) == (False, result.metrics["data"]["lost_titles"])
+    assert scored["reference/kneser_ney"] == result.metrics["data"]["reference/kneser_ney"]
 
 
 def test_sparsek_says_how_often_its_buffer_was_large_enough(tmp_path):
@@ -508,6 +581,13 @@ def test_two_processes_lose_what_one_loses_and_the_first_writes(one_process, tmp
     torch.testing.assert_close(losses(run_dir)[:20], one_process[:20], atol=1e-5, rtol=0)
     assert [e["step"] for e in read_events(run_dir) if e["event"] == "training_step"] == list(range(1, 25))
     assert json.loads((run_dir / "result.json").read_text())["device"]["processes"] == 2
+
+
+def test_two_processes_lose_what_one_loses_on_padded_rows_in_drawn_order(tmp_path):
+    options = [*NO_DROPOUT, *(f"hyperparams.{o}" for o in [*WHOLE, "shuffle=true", PASSES, "max_steps=10"])]
+    quick(tiny(*options, "hyperparams.grad_accum=1"), tmp_path / "one")
+    assert [ended(p) for p in job(options, tmp_path / "two", 2)] == [0, 0]
+    torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), atol=1e-6, rtol=0)
 
 
 @pytest.mark.slow

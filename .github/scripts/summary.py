@@ -5,7 +5,8 @@ from pathlib import Path
 
 FIRST = [
     "val/loss", "val/floor", "val/challenge_loss", "val/coverage", "val/nats_per_token", "val/bits_per_byte",
-    "reference/unigram", "reference/bigram", "train/loss", "parameters", "steps", "tokens_per_second", "peak_memory", "seed", "commit",
+    "reference/unigram", "reference/bigram", "reference/kneser_ney", "lossless", "beats_counting", "train/loss",
+    "parameters", "steps", "tokens_per_second", "peak_memory", "seed", "commit",
 ]  # fmt: skip
 
 
