@@ -49,15 +49,15 @@ def did_you_mean(
     more = f" and {len(known) - 60:,} more" if len(known) > 60 else ""
     return visible(f" Did you mean '{close[0]}'?" if close else f" Known: {', '.join(known[:60])}{more}.")
 
-# %% ../nbs/00_config.ipynb #2c7c2f55
-UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")  # control characters, line ends, halves of pairs
+# %% ../nbs/00_config.ipynb #ad12dfbc
+UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")  # controls, line ends, halves of pairs
 
 
 def visible(text: str, kept: str = "") -> str:
     "The text with each character that steers a terminal, ends a line or is half of a pair written as an escape, but for those `kept`."
     return UNSEEN.sub(lambda c: c[0] if c[0] in kept else c[0].encode("unicode_escape").decode(), text)
 
-# %% ../nbs/00_config.ipynb #e9e10a31
+# %% ../nbs/00_config.ipynb #a7d8df44
 KEY_NAME = re.compile(r"(?i)(?:_KEY|_TOKEN|_SECRET|PASSWORD)$")
 KEY_FORMS = (r"(?<![\w-])(?:(?:hf_|gh[oprsu]_)[A-Za-z0-9]{16,}|github_pat_\w{20,}|wandb_v\d_\w{20,}|AKIA[A-Z0-9]{16}"
              r"|sk-(?=[\w-]*[A-Z0-9])[\w-]{20,})|(?P<before>(?i:api[_ -]?key)\W{1,4})[0-9a-f]{40}\b")
@@ -414,7 +414,7 @@ def _merge(conf: DictConfig, node: dict, where: str, path: str = "") -> None:
             expected = str(wanted) if get_args(wanted) else wanted.__name__
             raise InputError(f"{where}: '{key}' must be of type {expected}, found {shown(value)}") from None
 
-# %% ../nbs/00_config.ipynb #1e120b3c
+# %% ../nbs/00_config.ipynb #54a7244b
 BYTES, LEVELS = 2**20, 50  # the largest configuration file, and the deepest key or interpolation
 PLAIN = re.compile(r"\$\{\s*(?:oc\.env:\s*(?:HN_TITLES|MAINRUN_\w*)\s*(?:,[^${}]*)?|\.*\w[\w.\[\]]*)\}")  # innermost, and allowed
 
@@ -466,7 +466,7 @@ def read_yaml(path: Path) -> dict:
     check_interpolations(tree, str(path))
     return tree
 
-# %% ../nbs/00_config.ipynb #40a72c51
+# %% ../nbs/00_config.ipynb #33fa6b03
 def _read_override(text: str) -> dict:
     "The tree of one `section.key=value`."
     key, eq, _ = text.partition("=")
@@ -494,7 +494,7 @@ def check_number(value: Any, key: str, rules: Any) -> None:
     except TypeError:  # set in Python, where nothing has looked at its type
         raise InputError(f"{key}: must be {rules['words']}, found {shown(value)}") from None
 
-# %% ../nbs/00_config.ipynb #cb69b5f9
+# %% ../nbs/00_config.ipynb #74e9abaf
 def check_string(value: str, key: str) -> None:
     "Raise `InputError` for a text that cannot be written down: half a surrogate pair, or a key, which would be in every file of the run."
     if scrubbed(value) != value:

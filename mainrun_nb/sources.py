@@ -353,8 +353,9 @@ def force_folder(path: Path) -> None:
 
 # %% ../nbs/02_sources.ipynb #13830e04
 def atomic_write(path: Path, data: bytes | str) -> None:
-    "Replace the file at `path` by `data`, text without keys, or leave it as it was. Raises `RunError` naming the path, having removed what it began."
-    scratch, raw = path.with_name(f".{path.name}.tmp"), scrubbed(data).encode() if isinstance(data, str) else data
+    "Replace the file by `data`, text without its keys, or leave it as it was. Raises `RunError` naming it, having removed what it began."
+    scratch = path.with_name(f".{path.name}.tmp")
+    raw = scrubbed(data).encode() if isinstance(data, str) else data
     try:
         write_forced(scratch, raw)
         try:

@@ -9,7 +9,6 @@ __all__ = ['RunData', 'prepare_data', 'Plan', 'make_plan', 'TrainState', 'my_row
 # %% ../nbs/27_trainer.ipynb #7fcb8043
 import io
 import json
-import os
 import signal
 import time
 import warnings
@@ -28,7 +27,7 @@ from tqdm.auto import tqdm
 from .checkpoint import Checkpoint, atomic_write, check_folder, list_checkpoints, load_checkpoint, load_run, remove_later
 from .checkpoint import differences  # noqa: F401  scripts import it from here
 from .checkpoint import rng_state, run_lock, save_checkpoint, set_rng_state, sweep_scratch
-from .config import Config, Hyperparams, InputError, RunError, flatten, save_config
+from .config import Config, Hyperparams, InputError, RunError, config_yaml, flatten
 from .data import fingerprint, get_batch, joined_chars, load_titles, ngram_losses, read_titles, split_titles, steps_per_epoch
 from .data import token_stream
 from .evaluate import challenge_windows, validation_metrics
@@ -369,8 +368,7 @@ def claim(held: ExitStack, run_dir: Path, cfg: Config, resume: bool, data: RunDa
         remove_later(found)
     if not going_on:
         data.tokenizer.save(run_dir / "tokenizer")
-        save_config(cfg, run_dir / ".config.yaml.tmp")
-        os.replace(run_dir / ".config.yaml.tmp", run_dir / "config.yaml")
+        atomic_write(run_dir / "config.yaml", config_yaml(cfg))
     return found
 
 # %% ../nbs/27_trainer.ipynb #3eee0fc3
@@ -379,7 +377,7 @@ def before_training(
 ) -> dict[str, Any] | tuple[RunData, Plan, dict[str, Any]]:
     "All that can be refused before anything is written: the result of a run that is finished already, or data, plan and memory."
     hp = cfg.hyperparams
-    check_tracking(cfg)
+    check_tracking(cfg, run_dir if resume else None)
     check_precision(hp, device)
     going_on = check_folder(run_dir, cfg, resume)
     if going_on and (run_dir / "result.json").exists():
