@@ -9,7 +9,6 @@ __all__ = ['RunData', 'references', 'prepare_data', 'Plan', 'make_plan', 'TrainS
 # %% ../nbs/27_trainer.ipynb #7fcb8043
 import io
 import json
-import os
 import signal
 import time
 import warnings
@@ -29,7 +28,7 @@ from .case import Pairs
 from .checkpoint import Checkpoint, atomic_write, check_folder, list_checkpoints, load_checkpoint, load_run, remove_later
 from .checkpoint import differences  # noqa: F401  scripts import it from here
 from .checkpoint import rng_state, run_lock, save_checkpoint, set_rng_state, sweep_scratch
-from .config import Config, Hyperparams, InputError, RunError, flatten, save_config
+from .config import Config, Hyperparams, InputError, RunError, config_yaml, flatten
 from .data import Batches, fingerprint, joined_chars, load_titles, read_titles, reference_losses, split_titles, steps_per_epoch
 from .data import token_stream
 from .evaluate import challenge_windows, lost_titles, not_comparable, validation_metrics
@@ -378,8 +377,7 @@ def claim(held: ExitStack, run_dir: Path, cfg: Config, resume: bool, data: RunDa
         remove_later(found)
     if not going_on:
         data.tokenizer.save(run_dir / "tokenizer")
-        save_config(cfg, run_dir / ".config.yaml.tmp")
-        os.replace(run_dir / ".config.yaml.tmp", run_dir / "config.yaml")
+        atomic_write(run_dir / "config.yaml", config_yaml(cfg))
     return found
 
 # %% ../nbs/27_trainer.ipynb #3eee0fc3
@@ -388,7 +386,7 @@ def before_training(
 ) -> dict[str, Any] | tuple[RunData, Plan, dict[str, Any]]:
     "All that can be refused before anything is written: the result of a run that is finished already, or data, plan and memory."
     hp = cfg.hyperparams
-    check_tracking(cfg)
+    check_tracking(cfg, run_dir if resume else None)
     check_precision(hp, device)
     going_on = check_folder(run_dir, cfg, resume)
     if going_on and (run_dir / "result.json").exists():
