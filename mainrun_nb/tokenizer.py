@@ -8,6 +8,7 @@ __all__ = ['WORDS', 'SPECIALS', 'KINDS', 'disguise', 'train_bpe', 'Tokenizer', '
 
 # %% ../nbs/07_tokenizer.ipynb #0260f25e
 import base64
+import contextlib
 import hashlib
 import json
 import re
