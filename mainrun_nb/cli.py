@@ -9,7 +9,6 @@ __all__ = ['guard_streams', 'for_people', 'train_cli', 'eval_cli', 'generate_cli
 # %% ../nbs/34_cli.ipynb #6402a67c
 import contextlib
 import errno
-import io
 import json
 import os
 import signal
@@ -38,8 +37,8 @@ def exit_code(error: BaseException) -> int:
     signum = signal.SIGINT if isinstance(error, KeyboardInterrupt) else getattr(error, "signum", None)
     return 1 if signum is None else 128 + signum
 
-# %% ../nbs/34_cli.ipynb #4df7994a
-class Stream(io.TextIOBase):
+# %% ../nbs/34_cli.ipynb #e28502fe
+class Stream:
     "A text stream that is written to without keys. What goes wrong is kept in `error`; afterwards, nothing is written."
 
     def __init__(self, stream: Any, fatal: bool) -> None:
@@ -51,16 +50,6 @@ class Stream(io.TextIOBase):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
-
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        return self.stream.encoding or "utf-8"
-
-    def isatty(self) -> bool:
-        return self.stream.isatty()
-
-    def fileno(self) -> int:
-        return self.stream.fileno()
 
     def write(self, text: str) -> int:
         safe = scrubbed(text)
@@ -80,7 +69,7 @@ class Stream(io.TextIOBase):
             if self.fatal:
                 raise self.error from None
 
-# %% ../nbs/34_cli.ipynb #c00f0d81
+# %% ../nbs/34_cli.ipynb #33ced9a9
 def guard_streams() -> None:
     "Put wrappers around this process's streams, and the null device in the place of those that are closed."
     for number, name in enumerate(("stdin", "stdout", "stderr")):
@@ -112,19 +101,31 @@ def outcome_of(error: BaseException) -> tuple[str, int]:
         return f"{error.filename}: {error.strerror}", 2 if error.errno in REFUSED else 1
     raise error
 
-# %% ../nbs/34_cli.ipynb #8a8be2ca
+@contextlib.contextmanager
+def product_written() -> Iterator[None]:
+    "At its end, also by a `SystemExit` as that of --help, standard output is flushed, so that an error is raised here."
+    ended: SystemExit | None = None
+    try:
+        yield
+    except SystemExit as e:
+        ended = e
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    if ended:
+        raise ended
+
+# %% ../nbs/34_cli.ipynb #d070ac44
 @contextlib.contextmanager
 def for_people(prog: str) -> Iterator[None]:
     "Within it, warnings and errors take one line, and an error ends the program with its exit code."
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *rest, **more: tell(prog, f"warning: {message}")
         try:
-            yield
-            if sys.stdout is not None:
-                sys.stdout.flush()
-        except BrokenPipeError:  # whoever read our output has seen enough, as `head` does
-            if not isinstance(sys.stdout, Stream):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            with product_written():
+                yield
+        except BrokenPipeError as e:  # whoever read our output has seen enough, as `head` does
+            if isinstance(sys.stdout, Stream) and sys.stdout.error is not e:
+                raise  # another pipe
         except (Exception, KeyboardInterrupt) as e:
             line, code = outcome_of(e)
             tell(prog, line)
@@ -147,7 +148,7 @@ def command(*positional: str) -> Callable:
         @wraps(func)
         def run(*args: Any, **kwargs: Any) -> Any:
             given = bool(args or kwargs) or Path(sys.argv[0]).name != prog
-            if not given:
+            if not given or sys.argv[0] == "-c":  # as a sweep starts its trials
                 guard_streams()
             with for_people(prog):
                 if not given:
