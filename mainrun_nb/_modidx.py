@@ -73,6 +73,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mainrun_nb.cli.for_people': ('cli.html#for_people', 'mainrun_nb/cli.py'),
                                 'mainrun_nb.cli.generate_cli': ('cli.html#generate_cli', 'mainrun_nb/cli.py'),
                                 'mainrun_nb.cli.gpu_cli': ('cli.html#gpu_cli', 'mainrun_nb/cli.py'),
+                                'mainrun_nb.cli.guard_notebook': ('cli.html#guard_notebook', 'mainrun_nb/cli.py'),
                                 'mainrun_nb.cli.guard_streams': ('cli.html#guard_streams', 'mainrun_nb/cli.py'),
                                 'mainrun_nb.cli.memory_cli': ('cli.html#memory_cli', 'mainrun_nb/cli.py'),
                                 'mainrun_nb.cli.needed': ('cli.html#needed', 'mainrun_nb/cli.py'),
