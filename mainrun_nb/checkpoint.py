@@ -217,7 +217,7 @@ def remove_later(found: Checkpoint) -> None:
 
 # %% ../nbs/25_checkpoint.ipynb #1bc42148
 FREE = ("tracking.", *(f"hyperparams.{k}" for k in ("device", "log_file", "save_every", "keep_checkpoints", "max_bad_steps",
-                                                    "memory_budget_gb", "zero_optimizer")))  # may differ on resume
+                                                    "memory_budget_gb", "zero_optimizer", "heartbeat")))  # may differ on resume
 
 # %% ../nbs/25_checkpoint.ipynb #e5d0dcca
 def differences(old: Config, new: Config) -> list[str]:

@@ -49,7 +49,7 @@ def did_you_mean(
     more = f" and {len(known) - 60:,} more" if len(known) > 60 else ""
     return visible(f" Did you mean '{close[0]}'?" if close else f" Known: {', '.join(known[:60])}{more}.")
 
-# %% ../nbs/00_config.ipynb #ad12dfbc
+# %% ../nbs/00_config.ipynb #013d772f
 UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")  # controls, line ends, halves of pairs
 
 
@@ -57,7 +57,7 @@ def visible(text: str, kept: str = "") -> str:
     "The text with each character that steers a terminal, ends a line or is half of a pair written as an escape, but for those `kept`."
     return UNSEEN.sub(lambda c: c[0] if c[0] in kept else c[0].encode("unicode_escape").decode(), text)
 
-# %% ../nbs/00_config.ipynb #a7d8df44
+# %% ../nbs/00_config.ipynb #be0b42be
 KEY_NAME = re.compile(r"(?i)(?:_KEY|_TOKEN|_SECRET|PASSWORD)$")
 KEY_FORMS = (r"(?<![\w-])(?:(?:hf_|gh[oprsu]_)[A-Za-z0-9]{16,}|github_pat_\w{20,}|wandb_v\d_\w{20,}|AKIA[A-Z0-9]{16}"
              r"|sk-(?=[\w-]*[A-Z0-9])[\w-]{20,})|(?P<before>(?i:api[_ -]?key)\W{1,4})[0-9a-f]{40}\b")
@@ -221,6 +221,7 @@ class Hyperparams:
     compile: bool = False  # torch.compile
     device: str = one_of("auto", "cpu", "cuda")
     zero_optimizer: bool = False  # shard the optimizer's state over the processes of torchrun
+    heartbeat: float = positive(45.0)  # seconds without a sign of life after which one of torchrun's processes is lost
     max_steps: int | None = optional_positive()  # stop (and finish the schedule) after so many steps
     max_bad_steps: int = positive(10)  # steps with a loss or gradient that is not finite, in a row, before giving up
     save_every: int = at_least(0, 0)  # steps between checkpoints, besides those at each evaluation; 0: only those
@@ -421,7 +422,7 @@ def _merge(conf: DictConfig, node: dict, where: str, path: str = "") -> None:
             expected = str(wanted) if get_args(wanted) else wanted.__name__
             raise InputError(f"{where}: '{key}' must be of type {expected}, found {shown(value)}") from None
 
-# %% ../nbs/00_config.ipynb #54a7244b
+# %% ../nbs/00_config.ipynb #b8074c55
 BYTES, LEVELS = 2**20, 50  # the largest configuration file, and the deepest key or interpolation
 PLAIN = re.compile(r"\$\{\s*(?:oc\.env:\s*(?:HN_TITLES|MAINRUN_\w*)\s*(?:,[^${}]*)?|\.*\w[\w.\[\]]*)\}")  # innermost, and allowed
 
@@ -473,7 +474,7 @@ def read_yaml(path: Path) -> dict:
     check_interpolations(tree, str(path))
     return tree
 
-# %% ../nbs/00_config.ipynb #33fa6b03
+# %% ../nbs/00_config.ipynb #fdb29edb
 def _read_override(text: str) -> dict:
     "The tree of one `section.key=value`."
     key, eq, _ = text.partition("=")
@@ -501,7 +502,7 @@ def check_number(value: Any, key: str, rules: Any) -> None:
     except TypeError:  # set in Python, where nothing has looked at its type
         raise InputError(f"{key}: must be {rules['words']}, found {shown(value)}") from None
 
-# %% ../nbs/00_config.ipynb #74e9abaf
+# %% ../nbs/00_config.ipynb #589d878f
 def check_string(value: str, key: str) -> None:
     "Raise `InputError` for a text that cannot be written down: half a surrogate pair, or a key, which would be in every file of the run."
     if scrubbed(value) != value:

@@ -409,7 +409,7 @@ def used_memory(run_dir: Path, device: torch.device) -> str:
     return "before the first step"
 
 
-def explained(error: BaseException, run_dir: Path, device: torch.device, count: int = 1) -> RunError | None:
+def explained(error: BaseException, run_dir: Path, device: torch.device, procs: Processes | None = None) -> RunError | None:
     "What the user should read instead of this error, if it is one of those that machines make."
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in first:
@@ -418,8 +418,9 @@ def explained(error: BaseException, run_dir: Path, device: torch.device, count: 
     if isinstance(error, OSError) and error.strerror:
         kept = "the last checkpoint is kept" if list_checkpoints(run_dir) else "there is no checkpoint yet"
         return RunError(f"{error.filename or run_dir}: {error.strerror}; {kept}")
-    if count > 1 and isinstance(error, RuntimeError) and any(w in str(error) for w in ("gloo", "NCCL", "peer", "onnection", "imed out")):
-        return RunError(f"{run_dir}: a process of this job is gone; the last checkpoint is kept, --resume goes on from there")
+    words = ("gloo", "NCCL", "peer", "onnection", "imed out")
+    if procs and procs.count > 1 and isinstance(error, RuntimeError) and any(w in str(error) for w in words):
+        return RunError(f"{run_dir}: {procs.missing()} of this job is gone; the last checkpoint is kept, --resume goes on from there")
     return None
 
 # %% ../nbs/27_trainer.ipynb #beccdca1
@@ -429,7 +430,7 @@ def told(run_dir: Path, device: torch.device, procs: Processes) -> Iterator[None
     try:
         yield
     except Exception as e:
-        plain = explained(e, run_dir, device, procs.count)
+        plain = explained(e, run_dir, device, procs)
         if procs.rank and isinstance(e, InputError | RunError):
             raise SystemExit(2 if isinstance(e, InputError) else 1) from None  # the first process says it
         raise (plain or e) from (None if plain else e.__cause__)
@@ -498,7 +499,7 @@ def train(
     run_dir, device = Path(run_dir), pick_device(cfg.hyperparams.device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)  # of runs that this process made before
-    with joined(device) as procs, told(run_dir, device, procs), freed_memory_kept():
+    with joined(device, cfg.hyperparams.heartbeat) as procs, told(run_dir, device, procs), freed_memory_kept():
         return RunResult(run_dir, one_run(procs, device, cfg, run_dir, resume, progress, on_event))
 
 # %% ../nbs/27_trainer.ipynb #a92cea0b
