@@ -23,7 +23,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from .config import Config, InputError, RunError, flatten, load_config, read_yaml
+from .data import load_titles, split_titles, titles_digest
 from .models import build_model
 from .tokenizer import Tokenizer, load_tokenizer
 from .tracking import as_event
@@ -133,6 +134,14 @@ def read_sealed(path: Path) -> dict[str, Any]:
     if "seal" in content and sealed({k: v for k, v in content.items() if k != "seal"}) != content:
         raise ValueError("its seal does not match its content")
     return content
+
+# %% ../nbs/25_checkpoint.ipynb #181a6c0d
+PRODUCTS = ("samples.txt", "curves.png")  # what a run leaves that cannot carry its id: the result has their digests
+
+
+def file_digest(path: Path) -> str:
+    "A short SHA-256 of a file's content."
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 # %% ../nbs/25_checkpoint.ipynb #4b3b8c57
 def sweep_scratch(run_dir: str | Path) -> None:
@@ -303,6 +312,14 @@ def config_digest(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(decisive(settings), sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+def settings_of(run_dir: Path) -> dict[str, Any]:
+    "The settings in a run's config.yaml under dotted keys; none where it cannot be read, which `load_config` then says."
+    try:
+        return leaves(read_yaml(run_dir / "config.yaml"))
+    except InputError:
+        return {}
+
+
 def tokenizer_digest(run_dir: Path) -> str:
     "The digest that a run's tokenizer carries; empty where its file cannot be read, which `load_tokenizer` then says."
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -315,8 +332,7 @@ def identify(
     titles: str,  # their digest
 ) -> Identity:
     "A new identity for the run in a folder."
-    settings = leaves(read_yaml(run_dir / "config.yaml"))
-    return Identity(uuid.uuid4().hex, config_digest(settings), tokenizer_digest(run_dir), titles[:16])
+    return Identity(uuid.uuid4().hex, config_digest(settings_of(run_dir)), tokenizer_digest(run_dir), titles[:16])
 
 # %% ../nbs/25_checkpoint.ipynb #1d691a80
 OPENING = "hyperparameters_configured"  # the log's first event
@@ -391,9 +407,7 @@ def misfits(identity: Identity, digests: dict[str, str]) -> list[str]:
 
 def compare(run_dir: Path, claims: list[Claim]) -> Belongings:
     "Whose a run folder is by what its files say, and which of them are not that run's."
-    settings: dict[str, Any] = {}
-    with suppress(InputError):
-        settings = leaves(read_yaml(run_dir / "config.yaml"))
+    settings = settings_of(run_dir)
     digests = {"config.yaml": config_digest(settings) if settings else "", TOKENIZER: tokenizer_digest(run_dir)}
     votes = Counter(c.identity for c in claims if c.identity)
     owner = max(votes, key=lambda i: (-len(misfits(i, digests)), votes[i]), default=None)
@@ -443,6 +457,29 @@ def check_folder(run_dir: Path, cfg: Config, resume: bool) -> bool:  # whether t
         raise InputError(f"{run_dir}: holds a run with another configuration: {', '.join(differ[:3])}{more}; resume with its config.yaml")
     return True
 
+# %% ../nbs/25_checkpoint.ipynb #f554ddc8
+def check_titles(run_dir: Path, source: str, known: str, found: str) -> None:
+    "Raise `InputError` where titles are not those of a run, by their digests; of a digest that is not known nothing is said."
+    if known and not found.startswith(known):
+        raise InputError(f"{run_dir}: the titles are not those that the run was begun with; '{source}' has changed or is another file, "
+                         "data.source=FILE names the right one")
+
+
+def finished(run_dir: Path, cfg: Config) -> dict[str, Any] | None:
+    "The result of a run that is finished. Raises `InputError` where the configuration names other titles than the run's."
+    path, asked = run_dir / "result.json", flatten(cfg)
+    if not path.exists():
+        return None
+    try:
+        result = read_sealed(path)
+        known = result["data"]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        warnings.warn(f"{path}: is damaged ({e}); it is written again", stacklevel=2)
+        return None
+    if any(asked[k] != v for k, v in flatten(load_config(run_dir / "config.yaml")).items() if k in PLACE):
+        check_titles(run_dir, cfg.data.source, known, titles_digest(*split_titles(load_titles(cfg), cfg)))
+    return result
+
 # %% ../nbs/25_checkpoint.ipynb #8a116121
 def changes(then: dict[str, Any], now: dict[str, Any]) -> str:
     "What a run goes on with that it was not saved with, in words; empty if nothing."
@@ -450,12 +487,12 @@ def changes(then: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def elsewhere(cfg: Config) -> Config:
-    "The configuration with its titles where HN_TITLES says, if the file that it names is not there any more."
+    "The configuration, with its titles where HN_TITLES says if the file that it names is not there any more."
     source, other = cfg.data.source, os.environ.get("HN_TITLES", "")
     a_file = source not in ("hackernews", "synthetic") and not set(source) & set(":*?[")
     if other and a_file and not Path(source).expanduser().exists():
         warnings.warn(f"data.source: {source} is not there any more; looking for the run's titles in {other} (HN_TITLES)", stacklevel=2)
-        cfg.data.source = other
+        return replace(cfg, data=replace(cfg.data, source=other))
     return cfg
 
 # %% ../nbs/25_checkpoint.ipynb #1acb24fb
