@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['guard_streams', 'guard_notebook', 'for_people', 'train_cli', 'eval_cli', 'generate_cli', 'memory_cli', 'sweep_cli',
-           'report_cli', 'eda_cli', 'gpu_cli']
+           'report_cli', 'eda_cli', 'gpu_cli', 'check_cli']
 
 # %% ../nbs/34_cli.ipynb #6402a67c
 import contextlib
@@ -187,16 +187,20 @@ TEST_BUDGET = ("hyperparams.num_titles=2000", "hyperparams.batch_size=8", "hyper
 @command()
 def train_cli(
     *overrides: str,  # settings, such as hyperparams.lr=0.01
-    config: str | None = None,  # configuration file (required)
+    config: str | None = None,  # configuration file (required, but with --resume: the run's own)
     out: str | None = None,  # run folder (required)
     resume: bool = False,  # go on with the run in the folder
     test: bool = False,  # a smoke test: few titles, three steps, no tracking
 ):
     "Train one model, as mainrun-train --config F.yaml --out FOLDER hyperparams.lr=0.01; the last line printed is the result as JSON"
+    from mainrun_nb.checkpoint import run_files
     from mainrun_nb.trainer import train
 
+    own = Path(out or "", "config.yaml")
+    if resume and out and not config and own.exists():
+        config = str(own)
     config, out = needed(config=config, out=out)
-    if resume and not Path(out, "config.yaml").exists():
+    if resume and not own.exists() and not run_files(Path(out)):
         warnings.warn(f"{out}: there is no run yet, a new one begins", stacklevel=2)
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the result
         result = train(load_config(config, (*overrides, *(TEST_BUDGET if test else ()))), out, resume=resume)
@@ -208,13 +212,14 @@ def train_cli(
 @command("run_dir")
 def eval_cli(
     run_dir: str,  # run folder
+    *overrides: str,  # settings of data, such as data.column=headline
     titles: str | None = None,  # a file of other titles; default: the run's own validation split
     which: str = "last",  # checkpoint: last or best
 ):
-    "Evaluate a trained model; prints all metrics as JSON"
+    "Evaluate a trained model; prints all metrics as JSON, with the step of the checkpoint"
     from mainrun_nb.trainer import evaluate_run
 
-    print(json.dumps(evaluate_run(run_dir, titles, which), indent=1))
+    print(json.dumps(evaluate_run(run_dir, titles, which, overrides), indent=1))
 
 # %% ../nbs/34_cli.ipynb #5a4b7ee0
 @command("run_dir")
@@ -320,4 +325,17 @@ def gpu_cli():
     report, well = gpu_report()
     print(report)
     if not well:
+        raise SystemExit(1)
+
+# %% ../nbs/34_cli.ipynb #158c538a
+@command("folder")
+def check_cli(
+    folder: str,  # of a run or a sweep
+):
+    "The state of every file of a run or a sweep: whole, damaged, missing, of another run; exit code 1 if one is not whole"
+    from mainrun_nb.check import check_files
+
+    found = check_files(folder)
+    print("\n".join(map(str, found)))
+    if any(f.state != "whole" for f in found):
         raise SystemExit(1)

@@ -12,9 +12,9 @@ import json
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,13 @@ from tqdm.auto import tqdm
 
 # %% ../nbs/27_trainer.ipynb #09be5496
 from .case import Pairs
-from .checkpoint import Checkpoint, atomic_write, check_folder, list_checkpoints, load_checkpoint, load_run, remove_later
+from .checkpoint import OPENING, PRODUCTS, UNCHECKED, Checkpoint, Identity, OpenRun, atomic_write, changes, check_folder
 from .checkpoint import differences  # noqa: F401  scripts import it from here
-from .checkpoint import rng_state, run_lock, save_checkpoint, set_rng_state, sweep_scratch
-from .config import Config, Hyperparams, InputError, RunError, config_yaml, flatten
-from .data import Batches, fingerprint, joined_chars, load_titles, read_titles, reference_losses, split_titles, steps_per_epoch
-from .data import token_stream
+from .checkpoint import check_titles, elsewhere, file_digest, finished, identify, list_checkpoints, load_checkpoint, open_run
+from .checkpoint import remove_later, require_one_run, rng_state, run_lock, save_checkpoint, sealed, set_rng_state, sweep_scratch
+from .config import Config, Hyperparams, InputError, RunError, config_yaml, flatten, load_config
+from .data import Batches, fingerprint, joined_chars, load_titles, read_titles, reference_losses, shard_seed, split_titles
+from .data import steps_per_epoch, titles_digest, token_stream
 from .evaluate import challenge_windows, lost_titles, not_comparable, validation_metrics
 from .generate import write_titles
 from .memory import check_budget, formula_need
@@ -118,15 +119,17 @@ class TrainState:
     skipped: int = 0  # likewise, in all
     seconds: float = 0.0  # of training, without evaluation and checkpoints
     timed_steps: int = 0  # steps that `seconds` covers
+    idle_rng: list[Any] = field(default_factory=list)  # random streams of shards that no process has now
     numbers = ("step", "bad_steps", "skipped", "seconds", "timed_steps")
 
     def state_dict(self, procs: Processes) -> dict[str, Any]:
         "The state beside the weights, as plain tensors, numbers and dicts; whole on the first process, and all must ask."
-        return {**{k: getattr(self, k) for k in self.numbers}, "rng": procs.gather(rng_state()), "optimizer": whole_state(self.optimizer),
-                "scaler": self.scaler.state_dict() if self.scaler else None, "ema": self.ema.state_dict() if self.ema else None}
+        return {**{k: getattr(self, k) for k in self.numbers}, "rng": procs.gather(rng_state()) + self.idle_rng,
+                "optimizer": whole_state(self.optimizer), "scaler": self.scaler.state_dict() if self.scaler else None,
+                "ema": self.ema.state_dict() if self.ema else None}
 
-    def load(self, weights: dict[str, Tensor], state: dict[str, Any], procs: Processes) -> None:
-        "Go back to a saved state, random numbers included where there are as many processes as there were."
+    def load(self, weights: dict[str, Tensor], state: dict[str, Any], procs: Processes, seed: int) -> None:
+        "Go back to a saved state. A shard that there was not gets the stream that `seed` and the step give it."
         self.model.load_state_dict(weights)
         self.optimizer.load_state_dict(state["optimizer"])
         for part in ("scaler", "ema"):
@@ -134,8 +137,11 @@ class TrainState:
                 getattr(self, part).load_state_dict(state[part])
         for k in self.numbers:
             setattr(self, k, state[k])
-        if len(state["rng"]) == procs.count:
+        self.idle_rng = state["rng"][procs.count :]
+        if procs.rank < len(state["rng"]):
             set_rng_state(state["rng"][procs.rank])
+        else:
+            torch.manual_seed(shard_seed(seed, procs.rank, self.step))
 
 # %% ../nbs/27_trainer.ipynb #29967f43
 def my_rows(hp: Hyperparams, procs: Processes) -> slice:
@@ -158,7 +164,7 @@ def make_state(
     model = build_model(cfg, vocab_size, pairs).to(device)
     optimizer, scaler = build_optimizer(model, hp, procs.count), make_scaler(hp, device)
     if procs.rank:
-        torch.manual_seed(hp.seed + procs.rank)
+        torch.manual_seed(shard_seed(hp.seed, procs.rank))
     if hp.compile:
         model.features = torch.compile(model.features)
     return TrainState(model, optimizer, scaler, EMA(model, hp.ema) if hp.ema else None)
@@ -245,6 +251,7 @@ class Run:
     procs: Processes
     device: torch.device
     tracker: Tracker
+    mark: dict[str, Any] = field(default_factory=dict)  # whose files these are, and what they are made with
     metrics: dict[str, Any] = field(default_factory=dict)  # of the last evaluation
     taken: list[Taken] = field(default_factory=list)  # steps not yet read
     warm: bool = False  # the first steps of a process pay for allocation and compilation, and are not timed
@@ -318,23 +325,33 @@ class Run:
         "A checkpoint of the present state, and of its metrics where it was evaluated, written by the first process."
         s, metrics = self.state, self.metrics if self.plan.evaluates(self.state.step) else {}
         state = {**s.state_dict(self.procs), "sha256": self.data.info["sha256"]}
-        self.procs.share(lambda: str(save_checkpoint(self.run_dir, s.step, s.model.state_dict(), state, metrics, self.hp.keep_checkpoints)))
+        keep, mark = self.hp.keep_checkpoints, self.mark
+        self.procs.share(lambda: str(save_checkpoint(self.run_dir, s.step, s.model.state_dict(), state, metrics, keep, mark)))
 
     def begin(self, found: Checkpoint | None, memory: dict[str, Any]) -> None:
         "Go back to the checkpoint if there is one, and say how the run starts; `memory` is what chapter 22 predicted."
-        hp, log, machine = self.hp, self.tracker.log, device_info(self.device, self.procs.count)
+        hp, kept, machine = self.hp, self.tracker.kept, device_info(self.device, self.procs.count)
+        opening = {
+            OPENING: {**flatten(self.cfg), **self.mark}, "device_info": machine, "dataset_info": self.data.info,
+            "model_configured": {"architecture": hp.model_architecture, **asdict(getattr(self.cfg.model_configs, hp.model_architecture))},
+            "memory_estimate": memory,
+            "model_info": {"parameters": count_parameters(self.state.model), "max_steps": self.plan.max_steps,
+                           "eval_every": self.plan.eval_every}}
+        for event, fields in opening.items():
+            if event not in kept.events:  # of a run that goes on only those that its log has lost
+                self.tracker.log(event, **fields)
         if found:
-            self.state.load(found.weights, found.state, self.procs)
+            self.state.load(found.weights, found.state, self.procs, hp.seed)
             self.metrics = found.metrics
-            log("run_resumed", step=found.step, **machine)
-            return
-        section = asdict(getattr(self.cfg.model_configs, hp.model_architecture))
-        log("hyperparameters_configured", **flatten(self.cfg))
-        log("device_info", **machine)
-        log("dataset_info", **self.data.info)
-        log("model_configured", architecture=hp.model_architecture, **section)
-        log("memory_estimate", **memory)
-        log("model_info", parameters=count_parameters(self.state.model), max_steps=self.plan.max_steps, eval_every=self.plan.eval_every)
+            self.tracker.log("run_resumed", step=found.step, damaged_lines=kept.damaged, missing_steps=kept.missing,
+                             changed=self.changed(found), **machine, **self.mark)
+
+    def changed(self, found: Checkpoint) -> str:
+        "What the run goes on with that it was not saved with, said once."
+        changed = changes(found.mark.get("made_with", {}), self.mark.get("made_with", {}))
+        if changed and not self.procs.rank:
+            warnings.warn(f"{self.run_dir}: goes on with {changed}; the last digits may differ from an undisturbed run's", stacklevel=4)
+        return changed
 
     def result(self) -> dict[str, Any]:
         "The content of result.json."
@@ -347,7 +364,7 @@ class Run:
                 "peak_memory_bytes": peak_memory(self.device),
                 "parameters": parameters, "parameters_non_embedding": count_parameters(s.model, embeddings=False),
                 "seed": hp.seed, "data": data.info, "device": device_info(self.device, self.procs.count),
-                "versions": versions(), "commit": git_commit()}
+                "versions": versions(), "commit": git_commit(), "identity": self.mark.get("identity")}
 
     def finish(self) -> dict[str, Any]:
         "Samples, curves and result.json; the result."
@@ -357,12 +374,22 @@ class Run:
         result = as_json(self.result())
         self.tracker.log("run_finished", step=self.state.step, **{k: v for k, v in result.items() if not isinstance(v, dict)})
         save_curves(self.run_dir)
+        result = sealed({**result, "files": {name: file_digest(self.run_dir / name) for name in PRODUCTS}})
         atomic_write(self.run_dir / "result.json", json.dumps(result, indent=1))
         return result
 
 # %% ../nbs/27_trainer.ipynb #6e928cad
-def claim(held: ExitStack, run_dir: Path, cfg: Config, resume: bool, data: RunData) -> Checkpoint | None:
-    "Hold the run folder for this process; the checkpoint to go on from. Raises `InputError`."
+def new_run(run_dir: Path, cfg: Config, data: RunData) -> Identity:
+    "Write a new run's configuration and tokenizer."
+    if (run_dir / "config.yaml").exists():
+        warnings.warn(f"{run_dir}: has no checkpoint to go on from; the run begins anew", stacklevel=2)
+    atomic_write(run_dir / "config.yaml", config_yaml(cfg))
+    data.tokenizer.save(run_dir / "tokenizer")
+    return identify(run_dir, data.info["sha256"])
+
+# %% ../nbs/27_trainer.ipynb #1c724fe8
+def claim(held: ExitStack, run_dir: Path, cfg: Config, resume: bool, data: RunData) -> tuple[Checkpoint | None, Identity]:
+    "Hold the run folder for this process; the checkpoint to go on from, and whose the folder is. Raises `InputError`."
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -371,16 +398,26 @@ def claim(held: ExitStack, run_dir: Path, cfg: Config, resume: bool, data: RunDa
     going_on = check_folder(run_dir, cfg, resume)
     sweep_scratch(run_dir)
     found = load_checkpoint(run_dir) if going_on else None
-    if found and found.state["sha256"] != data.info["sha256"]:
-        raise InputError(f"{run_dir}: the titles are not those that the run was begun with (data.source or its content has changed)")
-    if found:
-        remove_later(found)
-    if not going_on:
-        data.tokenizer.save(run_dir / "tokenizer")
-        atomic_write(run_dir / "config.yaml", config_yaml(cfg))
-    return found
+    if found is None:
+        return None, new_run(run_dir, cfg, data)
+    files, sha = require_one_run(run_dir), data.info["sha256"]
+    check_titles(run_dir, cfg.data.source, files.owner.titles if files.owner else found.state["sha256"], sha)
+    if files.unchecked:
+        warnings.warn(f"{run_dir}: {UNCHECKED}", stacklevel=2)
+    remove_later(found)
+    return found, files.owner or identify(run_dir, sha)
 
 # %% ../nbs/27_trainer.ipynb #3eee0fc3
+def plan_batches(hp: Hyperparams, data: RunData, device: str) -> Plan:
+    "The plan for these titles; what their rows are like is added to the data's record, and titles that are cut are said."
+    batches = Batches(data.train_ids, hp)
+    data.info |= batches.info
+    if batches.cut:
+        long = f"longer than the {hp.context_length} tokens of hyperparams.context_length"
+        warnings.warn(f"hyperparams.rows=titles: {batches.cut:,} of {data.info['n_train']:,} training titles are cut, {long}", stacklevel=3)
+    return make_plan(hp, len(data.train_ids), device, batches.per_epoch)
+
+
 def before_training(
     cfg: Config, run_dir: Path, resume: bool, device: torch.device, processes: int = 1
 ) -> dict[str, Any] | tuple[RunData, Plan, dict[str, Any]]:
@@ -389,15 +426,12 @@ def before_training(
     check_tracking(cfg, run_dir if resume else None)
     check_precision(hp, device)
     going_on = check_folder(run_dir, cfg, resume)
-    if going_on and (run_dir / "result.json").exists():
-        return json.loads((run_dir / "result.json").read_text())
+    if going_on and (result := finished(run_dir, cfg)):
+        return result
     rough = formula_need(cfg, hp.vocab_size, device.type, processes)  # builds the model, on fake tensors
-    data = prepare_data(cfg, load_tokenizer(run_dir / "tokenizer") if going_on else None)
-    batches, size = Batches(data.train_ids, hp), data.tokenizer.n_pieces
-    plan, data.info = make_plan(hp, len(data.train_ids), device.type, batches.per_epoch), data.info | batches.info
-    if batches.cut:
-        long = f"longer than the {hp.context_length} tokens of hyperparams.context_length"
-        warnings.warn(f"hyperparams.rows=titles: {batches.cut:,} of {data.info['n_train']:,} training titles are cut, {long}", stacklevel=2)
+    tokenizer = load_tokenizer(run_dir / "tokenizer") if going_on and list_checkpoints(run_dir) else None
+    data = prepare_data(elsewhere(cfg) if going_on else cfg, tokenizer)
+    plan, size = plan_batches(hp, data, device.type), data.tokenizer.n_pieces
     return data, plan, check_budget(cfg, size, device.type, processes, rough=rough if size == hp.vocab_size else None)
 
 # %% ../nbs/27_trainer.ipynb #6452e290
@@ -436,6 +470,11 @@ def told(run_dir: Path, device: torch.device, procs: Processes) -> Iterator[None
         raise (plain or e) from (None if plain else e.__cause__)
 
 # %% ../nbs/27_trainer.ipynb #0ebad60b
+def made_with(device: torch.device, processes: int) -> dict[str, Any]:
+    "What a run's numbers may depend on in their last digits, beside its configuration."
+    return {**device_info(device, processes), **versions(), "commit": git_commit()}
+
+
 def one_run(
     procs: Processes, device: torch.device, cfg: Config, run_dir: Path, resume: bool, progress: bool, on_event: Callable | None
 ) -> dict[str, Any]:  # the result
@@ -446,10 +485,11 @@ def one_run(
     data, plan, memory = ready
     state = make_state(cfg, data.tokenizer.vocab_size, device, procs, data.tokenizer.pairs)
     with ExitStack() as held:
-        found = procs.share(lambda: claim(held, run_dir, cfg, resume, data))
+        found, own = procs.share(lambda: claim(held, run_dir, cfg, resume, data))
         tracker = Tracker(None if procs.rank else run_dir, cfg, found.step if found else None, on_event)
         held.push(lambda kind, error, trace: tracker.close(0 if error is None else 1))
-        run = Run(cfg, run_dir, data, state, plan, procs, device, tracker)
+        mark = {"identity": asdict(own), "made_with": made_with(device, procs.count)}
+        run = Run(cfg, run_dir, data, state, plan, procs, device, tracker, mark)
         run.begin(found, memory)
         run.loop(progress)
         return procs.share(run.finish)
@@ -480,7 +520,8 @@ class RunResult:
             lines.insert(1, "                     more than Kneser-Ney's: the model has learned less than a table of counts")
         if m.get("val/challenge_loss") is not None:
             lines.append(f"challenge loss       {m['val/challenge_loss']:.4f} (scores {m['val/coverage']:.1%} of the tokens)")
-        samples = (self.run_dir / "samples.txt").read_text(encoding="utf-8").splitlines()
+        path = self.run_dir / "samples.txt"
+        samples = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
         return "\n".join([*lines, "", *(f"  {title}" for title in samples), "", f"curves: {self.run_dir / 'curves.png'}"])
 
 # %% ../nbs/27_trainer.ipynb #c0ad3b9a
@@ -503,37 +544,54 @@ def train(
         return RunResult(run_dir, one_run(procs, device, cfg, run_dir, resume, progress, on_event))
 
 # %% ../nbs/27_trainer.ipynb #a92cea0b
-def own_titles(run_dir: str | Path, cfg: Config, which: str) -> tuple[list[str], list[str]]:
+def own_titles(run_dir: str | Path, run: OpenRun, cfg: Config) -> tuple[list[str], list[str]]:
     "The training and validation titles of a run. Raises `InputError` where its source does not hold them any more."
     train, val = split_titles(load_titles(cfg), cfg)
-    trained = load_checkpoint(run_dir, which)
-    if trained and trained.state["sha256"] != fingerprint(train, val, cfg, 0)["sha256"]:
-        raise InputError(f"{run_dir}: '{cfg.data.source}' no longer holds the titles of this run; name a file of others by --titles")
+    if run.titles and not titles_digest(train, val).startswith(run.titles):
+        hint = "data.source=FILE names where they are now, --titles a file of others"
+        raise InputError(f"{run_dir}: '{cfg.data.source}' no longer holds the titles of this run; {hint}")
     return train, val
+
+
+def data_settings(run: OpenRun, overrides: Iterable[str]) -> Config:
+    "The configuration of a run with other settings of `data`, such as where its titles lie now. Raises `InputError` for other sections."
+    for text in overrides:
+        if not text.startswith("data."):
+            raise InputError(f"{text}: a finished run takes other settings of data only, as data.source=FILE or data.column=NAME")
+    own = [f"{k}={v}" for k, v in flatten(run.cfg).items() if k.startswith("data.") and v is not None]
+    return replace(run.cfg, data=load_config(None, [*own, *overrides]).data)
+
+# %% ../nbs/27_trainer.ipynb #c8989aec
+def fits_window(ids: Tensor, hp: Hyperparams) -> bool:
+    "Whether the challenge's evaluation has a window in the stream (tokens,); where it has none, that is said."
+    try:
+        challenge_windows(ids, hp.context_length, hp.batch_size)
+    except InputError as e:
+        warnings.warn(str(e), stacklevel=3)
+        return False
+    return True
 
 # %% ../nbs/27_trainer.ipynb #a0b34354
 def evaluate_run(
     run_dir: str | Path,
     titles: str | None = None,  # a file of other titles; none: the run's own validation split
     which: str = "last",  # or "best"
+    overrides: Sequence[str] = (),  # settings of data, such as data.column=headline
 ) -> dict[str, Any]:
-    """Every metric for a finished run, on its own titles with the references. The challenge's loss is None where no whole window fits.
+    """Every metric for a finished run and its step; the references for its own titles. The challenge's loss is None where no window fits.
 
     Raises `InputError` where the run's own titles are not found any more: some of others may be titles that it was trained on.
     """
-    cfg, model, tokenizer = load_run(run_dir, which)
+    run = open_run(run_dir, which)
+    cfg = data_settings(run, overrides)
     if titles is None:
-        train, val = own_titles(run_dir, cfg, which)
+        train, val = own_titles(run_dir, run, cfg := elsewhere(cfg))
     else:
-        cfg.data.source, train, val = titles, [], read_titles(Path(titles), cfg.data.column)
-    ids, hp, fits = token_stream(val, tokenizer), cfg.hyperparams, True
-    try:
-        challenge_windows(ids, hp.context_length, hp.batch_size)
-    except InputError as e:
-        fits = False
-        warnings.warn(str(e), stacklevel=2)
-    lost = lost_titles(ids, val, tokenizer)
-    metrics = {"val/challenge_loss": None, "val/coverage": 0.0, "titles": len(val), "tokens": len(ids)}
+        train, val = [], read_titles(Path(titles), cfg.data.column)
+        cfg = replace(cfg, data=replace(cfg.data, source=titles))
+    ids = token_stream(val, run.tokenizer)
+    lost = lost_titles(ids, val, run.tokenizer)
+    metrics = {"step": run.checkpoint.step, "val/challenge_loss": None, "val/coverage": 0.0, "titles": len(val), "tokens": len(ids)}
     metrics |= {"lossless": not lost, "lost_titles": lost}
-    counted = references(token_stream(train, tokenizer), ids, tokenizer.vocab_size, val) if train else {}
-    return {**metrics, **validation_metrics(model, ids, val, cfg, challenge=fits), **counted}
+    counted = references(token_stream(train, run.tokenizer), ids, run.tokenizer.vocab_size, val) if train else {}
+    return {**metrics, **validation_metrics(run.model, ids, val, cfg, challenge=fits_window(ids, cfg.hyperparams)), **counted}

@@ -32,7 +32,7 @@ TINY = [
                                    "device=cpu", "optimizer=adamw", "lr=0.003", "evals_per_epoch=3", "save_every=2", "scheduler=wsd"]),
     *(f"model_configs.gpt.{s}" for s in ["d_model=32", "hidden_layer=32", "n_layer=2"])]
 TIMES = {"timestamp", "seconds", "tokens_per_second", "memory_bytes", "train_seconds", "peak_memory_bytes", "step_seconds",
-         "flops_per_second", "matrix_flops_per_second", "matrix_fraction", "commit"}
+         "flops_per_second", "matrix_flops_per_second", "matrix_fraction", "commit", "identity", "seal", "files"}
 # Processes that can be killed: forked from a server that has imported everything and computed nothing, so that each is there at once.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["torch", "torch._dynamo", "matplotlib.figure", "nbdev.test", "mainrun_nb.trainer", "mainrun_nb.cli"])
