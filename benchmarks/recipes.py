@@ -32,9 +32,9 @@ ROOT = Path(__file__).resolve().parents[1]
 LEDGER = ROOT / "sweeps" / "results.csv"
 SMALL = "sweeps/base/small.yaml"
 COLUMNS = ["study", "name", "seed", "status", "val/loss", "val/challenge_loss", "val/coverage", "val/nats_per_token", "reference/unigram",
-           "reference/bigram", "train_seconds", "tokens_per_second", "peak_memory_bytes", "parameters", "parameters_non_embedding",
-           "steps", "batch_size", "context_length", "n_titles", "tokens_per_epoch", "sha256", "commit", "torch",
-           "threads", "cpu_count", "error", "command"]
+           "reference/bigram", "reference/kneser_ney", "lossless", "train_seconds", "tokens_per_second", "peak_memory_bytes",
+           "parameters", "parameters_non_embedding", "steps", "batch_size", "context_length", "n_titles", "tokens_per_epoch", "sha256",
+           "commit", "torch", "threads", "cpu_count", "error", "command"]
 
 Study = dict[str, tuple[str, list[str]]]  # name -> configuration, overrides
 
@@ -166,7 +166,7 @@ def row_of(result: dict[str, Any]) -> dict[str, Any]:
     "The ledger's columns from a result.json."
     data, device, commit = result["data"], result["device"], result["commit"] or ""
     losses = {k: round(result[k], 5) for k in ("val/loss", "val/challenge_loss", "val/coverage", "val/nats_per_token")}
-    counted = {k: round(data[k], 5) for k in ("reference/unigram", "reference/bigram")}
+    counted = {k: round(data[k], 5) for k in ("reference/unigram", "reference/bigram", "reference/kneser_ney")}
     rates = {k: round(result[k]) for k in ("train_seconds", "tokens_per_second")}
     return {**result, **data, **device, **losses, **counted, **rates, "status": "finished", "sha256": data["sha256"][:12],
             "torch": result["versions"]["torch"], "commit": commit[:10] + "+" * commit.endswith("+")}

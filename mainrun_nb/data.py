@@ -305,8 +305,8 @@ class KneserNey:
         vocab_size: int,
         order: int = 5,  # tokens of an n-gram at most
     ) -> None:
-        self.vocab_size, self.levels = vocab_size, []
-        ids = np.append(EOS, np.asarray(ids, dtype=np.int64))
+        self.vocab_size, ids = vocab_size, np.append(EOS, np.asarray(ids, dtype=np.int64))
+        self.levels: list[NGrams] = []
         before, gram = tokens_before(ids), np.zeros(len(ids), dtype=np.int64)  # gram: the number of the n-gram that ends at each token
         shorter: tuple[np.ndarray, ...] = ()  # n-grams, counts, and which of them open a title, of the order before
         for n in range(1, order + 1):

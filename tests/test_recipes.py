@@ -54,6 +54,7 @@ def test_every_run_gets_a_row_and_only_once(recipes, tmp_path, monkeypatch, capf
     assert [(r["name"], r["status"], r["seed"]) for r in rows] == ended
     assert "3 heads do not divide" in rows[1]["error"] and not rows[1]["val/loss"]
     assert rows[0]["val/loss"] != rows[2]["val/loss"] and 0 < float(rows[0]["val/coverage"]) <= 1
+    assert rows[0]["lossless"] == "True" and 0 < float(rows[0]["reference/kneser_ney"]) < float(rows[0]["reference/unigram"])
     assert rows[0]["command"] == "mainrun-train --config tiny.yaml --out sweeps/runs/tiny-one-1337"
     assert [r["d"] for r in runs_table(recipes.LEDGER)] == [3 * 4 * 16] * 2  # the scaling chapter reads it
     capfd.readouterr()
