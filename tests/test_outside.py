@@ -140,7 +140,8 @@ def test_no_key_is_written(tmp_path, monkeypatch):
 def test_only_two_kinds_of_variables_are_read(monkeypatch):
     for name, value in {"HN_TITLES": "titles.txt", "MAINRUN_LR": "0.5", "MY_API_KEY": SECRET, "HOME": "/root"}.items():
         monkeypatch.setenv(name, value)
-    assert load_config(overrides=["data.source=${oc.env:HN_TITLES,hackernews}", "hyperparams.lr=${oc.env:MAINRUN_LR}"]).data.source == "titles.txt"
+    cfg = load_config(overrides=["data.source=${oc.env:HN_TITLES,hackernews}", "hyperparams.lr=${oc.env:MAINRUN_LR}"])
+    assert (cfg.data.source, cfg.hyperparams.lr) == ("titles.txt", 0.5)
     for text in ("${oc.env:MY_API_KEY}", "${oc.env:HOME}", "${oc.env:HN_TITLES,${oc.env:HOME}}", "${oc.decode:x}", "${" * 60 + "}" * 60):
         with pytest.raises(InputError) as e:
             load_config(overrides=[f"data.source={text}"])
