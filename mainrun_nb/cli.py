@@ -109,6 +109,7 @@ def outcome_of(error: BaseException) -> tuple[str, int]:
         return f"{error.filename}: {error.strerror}", 2 if error.errno in REFUSED else 1
     raise error
 
+# %% ../nbs/34_cli.ipynb #a2de43d1
 @contextlib.contextmanager
 def product_written() -> Iterator[None]:
     "At its end, also by a `SystemExit` as that of --help, standard output is flushed, so that an error is raised here."

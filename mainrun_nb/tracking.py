@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CRC', 'BACKENDS', 'as_json', 'as_line', 'as_event', 'read_events', 'has_key', 'wandb_mode', 'register_backend',
-           'first_of', 'check_copy', 'check_tracking', 'Tracker', 'series', 'plot_curves', 'live_curve']
+           'check_tracking', 'Tracker', 'series', 'plot_curves', 'live_curve']
 
 # %% ../nbs/24_tracking.ipynb #466f7aa0
 import io
@@ -217,7 +217,7 @@ def register_backend(
     BACKENDS[name] = opener
     register_name("backend", name)
 
-# %% ../nbs/24_tracking.ipynb #0d73ac93
+# %% ../nbs/24_tracking.ipynb #00bd792f
 def first_of(path: Path) -> bytes:
     "The first line of a file; nothing for a file that is empty, missing or none (a device)."
     if not path.is_file():
@@ -238,7 +238,7 @@ def check_copy(copy: Path, run_dir: Path | None) -> None:
     except OSError as e:
         raise InputError(f"hyperparams.log_file: {copy} cannot be written ({e.strerror})") from None
 
-
+# %% ../nbs/24_tracking.ipynb #0d73ac93
 def check_tracking(
     cfg: Config,
     run_dir: Path | None = None,  # of the run that goes on; none: a new one
