@@ -14,6 +14,7 @@ import sqlite3
 from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def check_checkpoint(path: Path) -> list[Finding]:
 
     where = f"checkpoints/{path.name}"
     return [reading(f"{where}/manifest.json", read_manifest),
-            *(reading(f"{where}/{name}", lambda name=name: verify(name)) for name in ("model.safetensors", "state.pt"))]
+            *(reading(f"{where}/{name}", partial(verify, name)) for name in ("model.safetensors", "state.pt"))]
 
 
 def check_log(log: Path, steps: int) -> str:
@@ -72,7 +73,7 @@ def check_log(log: Path, steps: int) -> str:
     missing = len(set(range(1, steps + 1)) - trained)
     if damaged or missing or not events:
         raise ValueError(f"damaged lines: {damaged} of {len(lines)}, missing steps: {missing} of {steps}")
-    aside = log.with_name
+    aside = log.with_name(ASIDE)
     return f"{len(trained)} steps" + (f"; earlier damage is in {ASIDE}" if aside.exists() else "")
 
 # %% ../nbs/29_check.ipynb #95c68b20
@@ -89,7 +90,7 @@ def check_products(run_dir: Path) -> list[Finding]:
         if not (run_dir / name).stat().st_size or result.get("files", {}).get(name, digest) != digest:
             raise ValueError("it is not what the run wrote")
 
-    return [reading("result.json", read_result), *(reading(name, lambda name=name: compare_bytes(name)) for name in PRODUCTS)]
+    return [reading("result.json", read_result), *(reading(name, partial(compare_bytes, name)) for name in PRODUCTS)]
 
 
 def last_step(run_dir: Path) -> int:
