@@ -43,7 +43,8 @@ def reading(file: str, read: Callable[[], Any]) -> Finding:
     except FileNotFoundError:
         return Finding(file, "missing")
     except (OSError, ValueError, KeyError, TypeError, RecursionError, sqlite3.Error) as e:
-        return Finding(file, "damaged", first_line(e).split(": ", 1)[-1])
+        text = f"it has no {e}" if isinstance(e, KeyError) else first_line(e)
+        return Finding(file, "damaged", text.split(": ", 1)[-1] if isinstance(e, InputError) else text)
 
 # %% ../nbs/29_check.ipynb #123f2013
 def check_checkpoint(path: Path) -> list[Finding]:
@@ -117,6 +118,8 @@ def check_run(run_dir: Path) -> list[Finding]:
     for f in found:
         if f.file in files.strangers:
             f.state, f.detail = "of another run", files.strangers[f.file]
+        elif f.file in PRODUCTS and "result.json" in files.strangers and f.state == "damaged":
+            f.state, f.detail = "whole", "nothing vouches for it"
         elif f.file in files.unchecked:
             f.detail = "from before runs had ids"
     return found if begun or over else [f for f in found if f.state != "missing" or f.file == "config.yaml"]
