@@ -14,6 +14,7 @@ import sqlite3
 from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ def reading(file: str, read: Callable[[], Any]) -> Finding:
     except FileNotFoundError:
         return Finding(file, "missing")
     except (OSError, ValueError, KeyError, TypeError, RecursionError, sqlite3.Error) as e:
-        return Finding(file, "damaged", first_line(e).split(": ", 1)[-1])
+        text = f"it has no {e}" if isinstance(e, KeyError) else first_line(e)
+        return Finding(file, "damaged", text.split(": ", 1)[-1] if isinstance(e, InputError) else text)
 
 # %% ../nbs/29_check.ipynb #123f2013
 def check_checkpoint(path: Path) -> list[Finding]:
@@ -60,7 +62,7 @@ def check_checkpoint(path: Path) -> list[Finding]:
 
     where = f"checkpoints/{path.name}"
     return [reading(f"{where}/manifest.json", read_manifest),
-            *(reading(f"{where}/{name}", lambda name=name: verify(name)) for name in ("model.safetensors", "state.pt"))]
+            *(reading(f"{where}/{name}", partial(verify, name)) for name in ("model.safetensors", "state.pt"))]
 
 
 def check_log(log: Path, steps: int) -> str:
@@ -72,7 +74,7 @@ def check_log(log: Path, steps: int) -> str:
     missing = len(set(range(1, steps + 1)) - trained)
     if damaged or missing or not events:
         raise ValueError(f"damaged lines: {damaged} of {len(lines)}, missing steps: {missing} of {steps}")
-    aside = log.with_name
+    aside = log.with_name(ASIDE)
     return f"{len(trained)} steps" + (f"; earlier damage is in {ASIDE}" if aside.exists() else "")
 
 # %% ../nbs/29_check.ipynb #95c68b20
@@ -89,7 +91,7 @@ def check_products(run_dir: Path) -> list[Finding]:
         if not (run_dir / name).stat().st_size or result.get("files", {}).get(name, digest) != digest:
             raise ValueError("it is not what the run wrote")
 
-    return [reading("result.json", read_result), *(reading(name, lambda name=name: compare_bytes(name)) for name in PRODUCTS)]
+    return [reading("result.json", read_result), *(reading(name, partial(compare_bytes, name)) for name in PRODUCTS)]
 
 
 def last_step(run_dir: Path) -> int:
@@ -116,6 +118,8 @@ def check_run(run_dir: Path) -> list[Finding]:
     for f in found:
         if f.file in files.strangers:
             f.state, f.detail = "of another run", files.strangers[f.file]
+        elif f.file in PRODUCTS and "result.json" in files.strangers and f.state == "damaged":
+            f.state, f.detail = "whole", "nothing vouches for it"
         elif f.file in files.unchecked:
             f.detail = "from before runs had ids"
     return found if begun or over else [f for f in found if f.state != "missing" or f.file == "config.yaml"]
