@@ -258,7 +258,7 @@ def check_cache(case: Case) -> None:
                 parts.append(F.linear(model.features(case.idx[:, at : at + n], cache), model.head_weight))
                 at += n
             apart = distance({"": torch.cat(parts, 1)}, {"": model(case.idx)[0]})
-            judge(case, f"cache, in pieces of {[p.shape[1] for p in parts]}", "logits", apart, tolerance, noise)
+        judge(case, f"cache, in pieces of {[p.shape[1] for p in parts]}", "logits", apart, tolerance, noise)
 
 
 def check_training(case: Case) -> None:

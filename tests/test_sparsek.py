@@ -1,5 +1,6 @@
 """SparseK: the operator by a solver, fast against plain over many shapes. Leaks and the cache are in test_leaks.py."""
 
+import importlib.util
 import itertools
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from mainrun_nb.attention import AttnCommon, TokenInfo, build_attention
 from mainrun_nb.config import InputError, SparseKAttnConfig, load_config
 from mainrun_nb.models import build_model
-from mainrun_nb.sparsek import PlainSparseK, Selection, competitors, sparsek, sparsek_plain, sparsek_tau
+from mainrun_nb.sparsek import PlainSparseK, Selection, ages, competitors, sparsek, sparsek_plain, sparsek_tau
 from mainrun_nb.sparsek_stream import Grid, Plan, SparseKAttention, SparseKCache, sparsek_fast
 
 torch.set_num_threads(1)
@@ -161,6 +162,29 @@ def test_runs_on_shapes_alone():
         x = torch.randn(2, 100, 32, requires_grad=True)
         attn(x, TokenInfo(torch.arange(100), torch.zeros(2, 100, dtype=torch.long))).sum().backward()
         assert x.grad is not None and attn.score.weight.grad is not None
+
+
+@pytest.mark.parametrize("titled", [False, True])
+def test_the_rule_studied_beside_ours_is_its_definition(titled, root, monkeypatch):
+    """benchmarks/sparsek.py: weights times gates, for every candidate whose gate is above zero."""
+    monkeypatch.syspath_prepend(root / "benchmarks")
+    spec = importlib.util.spec_from_file_location("benchmark_sparsek", root / "benchmarks" / "sparsek.py")
+    spec.loader.exec_module(study := importlib.util.module_from_spec(spec))
+    k, C, w, T = 2, 7, 4, 50
+    titles, rule = some_titles(2, T, 0.04) if titled else None, Selection(C, C, w, 8)
+    for seed, spread in enumerate((0.3, 1.0, 4.0)):
+        q, key, v, u = tensors(2, 2, T, spread=spread, seed=seed)
+        with study.all_above_zero(k):
+            found = sparsek_fast(q, key, v, u, rule, titles)[0]
+        z, _ = competitors(u, Selection(k, C, w), titles)
+        age, same = ages(T, titles)
+        gate = torch.where(same & (age >= 0) & (age < w), 1.0, sparsek(z, k))
+        weight = gate * (q @ key.transpose(-1, -2) / 8**0.5).exp()
+        wanted = weight @ v / weight.sum(-1, keepdim=True)
+        assert torch.allclose(found, wanted, atol=1e-11)
+        mix = torch.randn_like(wanted)
+        for a, b in zip(*(torch.autograd.grad((y * mix).sum(), (q, key, v, u)) for y in (found, wanted)), strict=True):
+            assert torch.allclose(a, b, atol=1e-10)
 
 
 # --- the layer ---
