@@ -443,7 +443,7 @@ def check_values(section: Any, path: str = "") -> None:
         elif (own := _ruled(value, key, f.metadata)) != value:
             setattr(section, f.name, own)
 
-# %% ../nbs/00_config.ipynb #4b87fb8b
+# %% ../nbs/00_config.ipynb #ff6461d6
 _structured = cache(OmegaConf.structured)  # each section once: it takes milliseconds
 
 

@@ -8,6 +8,7 @@ __all__ = ['Search', 'is_behind', 'read_search', 'Grid', 'grid_points', 'random_
 
 # %% ../nbs/30_search.ipynb #d3cef692
 import csv
+import difflib
 import io
 import json
 import math
@@ -23,9 +24,9 @@ from typing import Any
 import numpy as np
 
 from .checkpoint import atomic_write
-from .config import Config, InputError, RunError, did_you_mean, flatten, read_yaml
-from .space import COUNT, FLAG, LIST, MAPPING, NUMBER, TEXT, Dimension, Key, is_number, one_name, read_dimension, read_keys
-from .space import quantile  # noqa: F401  scripts import it from here
+from .config import Config, InputError, RunError, flatten, read_yaml
+from .space import COUNT, FLAG, FORMS, LIST, MAPPING, NUMBER, TEXT, Dimension, Key, is_number, one_name, quantile
+from .space import read_dimension, read_keys
 
 # %% ../nbs/30_search.ipynb #5d23ac97
 @dataclass
@@ -70,19 +71,30 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, spec in tree.items():
         if isinstance(spec, dict) and "parameters" in spec:
             inner = read_keys(spec, {"parameters": MAPPING}, f"parameters.{prefix}{name}")["parameters"]
+            if not inner:
+                raise InputError(f"parameters.{prefix}{name}.parameters: needs at least one")
             yield from _flat(inner, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", spec
 
 # %% ../nbs/30_search.ipynb #3dcb6320
+def _known(key: str, settings: dict[str, Any]) -> None:
+    "Refuse what is not a setting. Raises `InputError`, with the nearest one."
+    if key in settings:
+        return
+    if any(name.startswith(f"{key}.") for name in settings):
+        raise InputError(f"parameters: '{key}' is a section; its settings are nested under 'parameters', or have dotted names")
+    homes = [name for name in settings if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    near = homes[:1] or difflib.get_close_matches(key, settings, n=1)
+    hint = f"Did you mean '{near[0]}'?" if near else "sweeps/base/baseline.yaml lists all."
+    raise InputError(f"parameters: '{key}' is not a setting. {hint}")
+
+
 def _dimensions(found: dict[str, Any], method: str, base: Config) -> list[Dimension]:
     "The section `parameters`. Raises `InputError`."
     settings, entries = flatten(base), list(_flat(found))
     for key, n in Counter(key for key, _ in entries).items():
-        if key not in settings:
-            homes = [s for s in settings if s.rpartition(".")[2] == key]
-            hint = f" Did you mean '{homes[0]}'?" if homes else did_you_mean(key, settings)
-            raise InputError(f"parameters: '{key}' is not a setting.{hint}")
+        _known(key, settings)
         if n > 1:
             raise InputError(f"parameters.{key}: is given twice, with a dot in its name and nested")
     if not entries:
@@ -197,19 +209,25 @@ def read_search(
     return Search(keys["method"], metric["name"], metric["goal"], dimensions, early, raw, keys["run_cap"], metric["target"])
 
 # %% ../nbs/30_search.ipynb #b9157c6b
+def _as_wandb_has_it(spec: dict[str, Any]) -> dict[str, Any]:
+    "An entry under W&B's own names: weighted values, and limits that are exponents as the values they mean."
+    if "parameters" in spec:
+        return {"parameters": {name: _as_wandb_has_it(inner) for name, inner in spec["parameters"].items()}}
+    kind = spec.get("distribution", "")
+    if f"{kind}_values" in FORMS:
+        low, high = (quantile(kind.removeprefix("q_"), spec)(u) for u in (0.0, 1.0))
+        return {**spec, "distribution": f"{kind}_values", "min": low, "max": high}
+    return {k: v for k, v in spec.items() if k != "distribution" or "probabilities" not in spec}
+
+
 def for_wandb(search: Search, trials: int | None) -> dict[str, Any]:
-    "A search as W&B takes it: method and metric filled in, weighted values under its own name, the trials asked for as `run_cap`."
+    "A search as W&B takes it: method and metric filled in, and the trials that were asked for as `run_cap`. Raises `InputError`."
     if search.early.get("type") == "median":
         raise InputError("early_terminate.type: median is not W&B's; with --engine wandb only hyperband is")
-
-    def renamed(tree: dict[str, Any]) -> dict[str, Any]:
-        return {name: {k: v for k, v in spec.items() if k != "distribution" or "probabilities" not in spec} if "parameters" not in spec
-                else {"parameters": renamed(spec["parameters"])} for name, spec in tree.items()}
-
     kept = {k: v for k, v in search.raw.items() if k != "controller"}  # its server controls
     metric = {**kept.get("metric", {}), "name": search.metric, "goal": search.goal}
     cap = {"run_cap": trials} if trials else {}
-    return {**kept, "method": search.method, "metric": metric, "parameters": renamed(kept["parameters"]), **cap}
+    return {**kept, "method": search.method, "metric": metric, **_as_wandb_has_it({"parameters": kept["parameters"]}), **cap}
 
 # %% ../nbs/30_search.ipynb #f67cbeaa
 class Grid(Sequence[dict[str, Any]]):
@@ -231,7 +249,7 @@ class Grid(Sequence[dict[str, Any]]):
             point[d.key] = d.values[i]
         return {d.key: point[d.key] for d in self.dimensions}
 
-# %% ../nbs/30_search.ipynb #ce1fd254
+# %% ../nbs/30_search.ipynb #6d5f5a03
 def grid_points(search: Search) -> Grid:
     "The points of a search over values."
     return Grid(search.dimensions)

@@ -314,7 +314,9 @@ LR, BATCH = "parameters: {hyperparams.lr: %s}", "parameters: {hyperparams.batch_
     (LR % "{value: 0.1, values: [0.1]}", "'values' does not go with constant"),
     (LR % "{values: [0.1], min: 0.1}", "'min' does not go with categorical"),
     ("parameters: {hyperparams: {values: [1], parameters: {lr: {value: 1}}}}", "parameters.hyperparams: unknown key 'values'"),
-    ("parameters: {hyperparams: {parameters: {}}}", "at least one"),
+    ("parameters: {hyperparams: {parameters: {}}}", "parameters.hyperparams.parameters: needs at least one"),
+    ("parameters: {hyperparams.lr: {value: 1}, data: {parameters: {}}}", "parameters.data.parameters: needs at least one"),
+    ("parameters: {1: {value: 1}}", "'1' is not a setting"),
     ("parameters: {hyperparams.lr: {value: 1}, hyperparams: {parameters: {lr: {value: 2}}}}", "hyperparams.lr: is given twice"),
     (LR % "{min: false, max: 1.0}", "min: expected a number, found False"),
     (LR % "{min: 0.1, max: '1.0'}", "max: expected a number, found '1.0'"),
@@ -350,6 +352,9 @@ LR, BATCH = "parameters: {hyperparams.lr: %s}", "parameters: {hyperparams.batch_
     ("parameters: {hyperparams.betas: {values: [[0.9, true]]}}", "must be of type list[float], found [0.9, True]"),
     ("parameters: {hyperparams.lr: {value: null}}", "must be of type float, found None"),
     ("parameters: {lr: {value: 0.1}}", "'lr' is not a setting. Did you mean 'hyperparams.lr'?"),
+    ("parameters: {hyperparams.n_head: {value: 8}}", "Did you mean 'attn_configs.causal.n_head'?"),
+    ("parameters: {hyperparams: {value: 1}}", "'hyperparams' is a section; its settings are nested under 'parameters'"),
+    ("parameters: {zzzz: {value: 1}}", "sweeps/base/baseline.yaml lists all"),
     ("parameters: null", "parameters: expected a mapping, found None"),
     ("run_cap: 0\n" + LR % "{value: 1}", "run_cap: expected a whole number from 1 on, found 0"),
     ("run_cap: 2.5\n" + LR % "{value: 1}", "run_cap: expected a whole number"),
@@ -433,6 +438,10 @@ def test_what_wandb_is_sent(tmp_path, base):
     assert sent == {"run_cap": 9, "method": "random", "metric": {"name": "val/loss", "goal": "minimize", "target": 1.2},
                     "parameters": {"hyperparams": {"parameters": {"lr": lr}}, "hyperparams.seed": {"min": 1, "max": 2}}}  # fmt: skip
     assert VALID.is_valid(sent) and for_wandb(search, None)["run_cap"] == 4
+    for kind, low, high in [("log_uniform", -7, -3), ("q_log_uniform", -7, -3), ("inv_log_uniform", 3, 7)]:
+        entry = f"{{distribution: {kind}, min: {low}, max: {high}}}".replace("}", ", q: 1.0e-4}" if kind[0] == "q" else "}")
+        theirs = for_wandb(read(tmp_path, LR % entry, base), None)["parameters"]["hyperparams.lr"]
+        assert theirs["distribution"] == f"{kind}_values" and (theirs["min"], theirs["max"]) == pytest.approx((math.exp(-7), math.exp(-3)))
     with pytest.raises(InputError, match="median is not W&B's"):
         for_wandb(read(tmp_path, "early_terminate: {type: median}\n" + LR % "{value: 1}", base), None)
 
