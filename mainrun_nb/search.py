@@ -249,7 +249,7 @@ class Grid(Sequence[dict[str, Any]]):
             point[d.key] = d.values[i]
         return {d.key: point[d.key] for d in self.dimensions}
 
-# %% ../nbs/30_search.ipynb #6d5f5a03
+# %% ../nbs/30_search.ipynb #c592644e
 def grid_points(search: Search) -> Grid:
     "The points of a search over values."
     return Grid(search.dimensions)
