@@ -493,39 +493,43 @@ def test_brackets():
         hyperband(min_iter=1, s=2)
 
 
-def warmed_up() -> list[list[float]]:
-    """Twelve trials of 22 evaluations after the first step: the later a warmup ends, the slower a run begins and the better it ends.
+# val/loss of twelve real runs, at each evaluation: a GPT of two layers and width 32, AdamW, seven passes over 1,500 synthetic titles, at
+# learning rates from 0.003 to 0.3 and with warmups from 0 to 0.6. The best is number 9, whose warmup is the longest.
+TWELVE = [[float(x) for x in line.split()] for line in """
+    2.92 2.55 2.50 2.39 2.25 2.09 1.96 1.85 1.77 1.70 1.65 1.61 1.58 1.55 1.53 1.51 1.50 1.49 1.48 1.48 1.47 1.47 1.47 1.47
+    2.96 2.73 2.52 2.45 2.31 2.13 2.00 1.89 1.79 1.71 1.66 1.61 1.58 1.54 1.53 1.51 1.48 1.47 1.45 1.44 1.43 1.43 1.43 1.43
+    2.94 2.69 2.53 2.44 2.34 2.25 2.16 2.08 2.02 1.96 1.91 1.88 1.84 1.82 1.80 1.78 1.77 1.76 1.75 1.75 1.74 1.74 1.74 1.74
+    2.95 2.58 2.52 2.45 2.39 2.34 2.30 2.21 2.10 1.99 1.89 1.83 1.79 1.72 1.67 1.64 1.59 1.57 1.54 1.53 1.51 1.50 1.50 1.50
+    2.96 2.73 2.52 2.51 2.41 2.33 2.23 2.14 2.04 1.96 1.88 1.82 1.77 1.73 1.69 1.66 1.64 1.62 1.61 1.60 1.60 1.60 1.60 1.60
+    2.91 2.56 2.53 2.53 2.53 2.53 2.52 2.52 2.52 2.53 2.51 2.53 2.52 2.51 2.51 2.52 2.51 2.51 2.51 2.51 2.51 2.51 2.51 2.51
+    2.94 2.54 2.49 2.40 2.34 2.29 2.23 2.19 2.15 2.10 2.04 2.01 1.98 1.94 1.92 1.90 1.88 1.86 1.85 1.84 1.83 1.83 1.83 1.83
+    2.96 2.68 2.53 2.44 2.29 2.20 2.03 1.90 1.80 1.74 1.68 1.64 1.61 1.56 1.52 1.50 1.46 1.45 1.42 1.40 1.39 1.39 1.38 1.38
+    2.96 2.92 2.81 2.65 2.53 2.45 2.35 2.25 2.15 2.06 1.99 1.93 1.88 1.84 1.81 1.78 1.76 1.75 1.74 1.73 1.73 1.73 1.73 1.73
+    2.96 2.83 2.57 2.46 2.31 2.10 1.90 1.77 1.69 1.64 1.61 1.57 1.55 1.52 1.50 1.46 1.44 1.41 1.39 1.37 1.34 1.33 1.32 1.32
+    2.93 2.58 2.58 2.54 2.53 2.53 2.53 2.56 2.54 2.54 2.53 2.57 2.55 2.54 2.53 2.54 2.54 2.52 2.51 2.51 2.50 2.50 2.50 2.50
+    2.92 2.57 2.53 2.52 2.51 2.51 2.50 2.50 2.49 2.48 2.46 2.46 2.45 2.44 2.43 2.42 2.42 2.41 2.41 2.41 2.41 2.40 2.40 2.40
+""".strip().splitlines()]
 
-    After the first step, at a learning rate of almost nothing, the runs with the longest warmup stand where they were initialised.
-    """
-    warmups = [0.0, 0.02, 0.3, 0.05, 0.0, 0.4, 0.1, 0.5, 0.35, 0.6, 0.02, 0.1]
-    def loss(warmup, t):
-        return 1.3 - 0.15 * warmup + 1.2 * math.exp(-t / (2 + 1.5 * warmup)) + 0.001 * ((7 * t + int(100 * warmup)) % 5)
-    return [[9.7 + 0.2 * w, *(loss(w, t) for t in range(1, 23))] for w in warmups]
 
-
-def replay(early, runs, skip=True) -> list[int]:
-    """The trials that are stopped, run one after another."""
-    past, stopped = [], []
-    for number, run in enumerate(runs):
-        seen = run if skip else [0.0, *run]  # with an evaluation before it, the first one counts
-        n = next((n for n in range(1, len(seen)) if is_behind(early, seen[:n], past)), None)  # the last evaluation is spared
-        stopped += [number] if n else []
+def replay(early: dict, first: int = 1) -> dict[int, int]:
+    """The trials that are stopped when they run one after another, and after which evaluation; `first` is the number of the first one."""
+    past, stopped = [], {}
+    for number, run in enumerate(TWELVE):
+        seen = [math.nan] * (1 - first) + run  # with one before it, the evaluation after the first step counts
+        n = next((n for n in range(1, len(seen)) if is_behind(early, seen[:n], past)), None)  # the last one is spared
+        stopped |= {number: n - 1} if n else {}
         past.append((n is None, seen[: n or len(seen)]))
     return stopped
 
 
 def test_a_long_warmup_is_not_stopped_for_its_first_step():
-    """Counted from the first step on, the best of twelve is stopped; not so where it does not count and the look comes later."""
-    runs = warmed_up()
-    best = min(range(12), key=lambda i: runs[i][-1])
-    assert runs[best][0] == max(run[0] for run in runs), "the best one is last after the first step"
-    counting = replay(hyperband(min_iter=1), runs, skip=False)
-    assert best in counting
-    late = replay(hyperband(max_iter=22, s=1, eta=2), runs)
-    assert best not in late and late, "a rule that looks late enough stops others"
-    for run in runs:
-        assert not any(is_behind(hyperband(max_iter=27, s=2, eta=3), run[:n], [(True, r) for r in runs]) for n in range(4))
+    """Counted from the first step on, ten of twelve go, the best one after that step; as it is, none goes before the first bracket."""
+    assert min(range(12), key=lambda i: TWELVE[i][-1]) == 9
+    assert replay(hyperband(min_iter=1), first=0)[9] == 1
+    assert min(replay(hyperband(max_iter=27, s=2, eta=3)).values()) == 3
+    at_nine = replay(hyperband(max_iter=27, s=1, eta=3))
+    assert 9 not in at_nine and set(at_nine.values()) == {9} and len(at_nine) == 9
+    assert 9 not in replay(hyperband(max_iter=22, s=1, eta=2)) and 9 not in replay(read_early({"type": "median", "min_iter": 9}))
 
 
 def test_a_loss_that_is_not_finite_is_behind_all():
