@@ -753,6 +753,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'mainrun_nb.sweep.Sweep.watch': ('sweep.html#sweep.watch', 'mainrun_nb/sweep.py'),
                                   'mainrun_nb.sweep.WandbSweep': ('sweep.html#wandbsweep', 'mainrun_nb/sweep.py'),
                                   'mainrun_nb.sweep.WandbSweep.__init__': ('sweep.html#wandbsweep.__init__', 'mainrun_nb/sweep.py'),
+                                  'mainrun_nb.sweep.WandbSweep.at_target': ('sweep.html#wandbsweep.at_target', 'mainrun_nb/sweep.py'),
                                   'mainrun_nb.sweep.WandbSweep.behind': ('sweep.html#wandbsweep.behind', 'mainrun_nb/sweep.py'),
                                   'mainrun_nb.sweep.WandbSweep.one': ('sweep.html#wandbsweep.one', 'mainrun_nb/sweep.py'),
                                   'mainrun_nb.sweep.WandbSweep.point': ('sweep.html#wandbsweep.point', 'mainrun_nb/sweep.py'),

@@ -513,6 +513,11 @@ class WandbSweep(Sweep):
         chosen = dict(_flat_config(dict(self.tracked.config)))
         return {d.key: Setting(d.key).held(chosen[d.key]) for d in self.search.dimensions}
 
+    @property
+    def at_target(self) -> None:
+        "None: its server starts no more when the target is reached."
+        return None
+
     def behind(self, trial: Trial) -> bool:
         "Tell W&B of an evaluation that counts, which the one after the first step does not; it has its own way to stop a trial."
         if len(trial.evaluations) > 1:
