@@ -555,7 +555,8 @@ def wandb_sweep(tmp_path, base, monkeypatch):
 
 def test_a_whole_number_of_wandbs_is_one(wandb_sweep):
     """Its server draws 16.0 where `q` is 8.0, and looks at the target; the file's run_cap gives way to the trials that were asked for."""
-    text = "run_cap: 7\nproject: theirs\nmetric: {target: 99}\nparameters: {hyperparams.batch_size: {distribution: q_uniform, min: 8, max: 16, q: 8.0}}"
+    text = ("run_cap: 7\nproject: theirs\nmetric: {target: 99}\n"
+            "parameters: {hyperparams.batch_size: {distribution: q_uniform, min: 8, max: 16, q: 8.0}}")  # fmt: skip
     fake = FakeWandb([{"hyperparams.batch_size": 16.0}, {"hyperparams.batch_size": 8}])
     assert [t.params for t in wandb_sweep(fake, text).trials] == [{"hyperparams.batch_size": 16}, {"hyperparams.batch_size": 8}]
     assert fake.asked["run_cap"] == 2 and fake.project == "theirs"
