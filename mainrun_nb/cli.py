@@ -269,7 +269,7 @@ def sweep_cli(
     *overrides: str,  # settings for all trials
     config: str | None = None,  # base configuration (required)
     out: str | None = None,  # sweep folder (required)
-    trials: int = 0,  # how many; default: the whole grid, or 20
+    trials: int = 0,  # how many; default: run_cap, or else the whole grid, or 20
     jobs: int = 1,  # trials at once
     engine: str = "local",  # local, ray or wandb
     address: str | None = None,  # of a Ray cluster

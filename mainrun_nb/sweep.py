@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
@@ -27,11 +28,11 @@ from tqdm.auto import tqdm
 
 from . import moved
 from .checkpoint import atomic_write, run_lock
-from .config import Config, InputError, RunError, did_you_mean, flatten, load_config, save_config
+from .config import Config, InputError, RunError, Setting, did_you_mean, flatten, load_config, save_config
 from .data import load_titles
 from .memory import MemoryBudgetError, check_budget, check_build
 from .runtime import Interrupted, in_log_file, noted_signals, pick_device
-from .search import FINAL, Chooser, Leaderboard, Search, Trial, evaluations, read_board, read_search, read_trials
+from .search import FINAL, Chooser, Leaderboard, Search, Trial, evaluations, for_wandb, read_board, read_search, read_trials
 from .sources import check_file_name
 from .search import Dimension, grid_points, override, random_point  # noqa: F401  scripts import them from here
 from .tracking import has_key
@@ -247,6 +248,19 @@ class Sweep:
         "How many trials have ended."
         return sum(t.status in FINAL for t in self.trials.values())
 
+    @property
+    def at_target(self) -> Trial | None:
+        "The first trial that has reached the search's target, if it has one."
+        if self.search.target is None:
+            return None
+        return next((t for t in self.trials.values() if any(map(self.search.reached, [t.value, *t.evaluations[1:]]))), None)
+
+    def say_target(self) -> None:
+        "Say which trial has reached the target, if one has."
+        if first := self.at_target:
+            what = f"trial {first.number} has reached the target of {self.search.target}; no more were started"
+            warnings.warn(f"{self.out_dir}: {what}", stacklevel=2)
+
     def settle(self, trial: Trial, status: str, error: str = "") -> None:
         "Write down how a trial ended."
         trial.status, trial.error = status, error
@@ -260,7 +274,7 @@ class Sweep:
         if waiting:
             return self.trials[min(waiting)]
         number = next(n for n in itertools.count() if n not in self.trials)
-        point = self.chooser.point(number) if number < self.wanted else None
+        point = self.chooser.point(number) if number < self.wanted and self.at_target is None else None
         if point is None:
             return None
         trial = self.trials[number] = Trial(number, point)
@@ -341,7 +355,7 @@ class Sweep:
                         bar.set_postfix({"best": f"{best.value:.4f}", "trial": best.number}, refresh=False)
                     bar.update(self.done - bar.n)
                     if not more:
-                        return
+                        return self.say_target()
                     time.sleep(0.1)
             finally:
                 self.interrupt()
@@ -420,7 +434,7 @@ def run_sweep(
     search: str | Path,  # a W&B sweep file
     base: str | Path,  # the configuration that it varies
     out_dir: str | Path,  # the sweep's folder
-    trials: int | None = None,  # how many; none: the whole grid, or 20 (engine wandb: until W&B has no more)
+    trials: int | None = None,  # how many; none: run_cap, or else the whole grid, or 20 (engine wandb: until W&B has no more)
     jobs: int = 1,  # trials at once
     engine: str = "local",  # local, ray or wandb
     fast: bool = False,  # without notebooks
@@ -438,8 +452,7 @@ def run_sweep(
     if engine == "wandb":
         return run_wandb_sweep(found, cfg, out, trials, fast)
     with claimed(out, {**record_of(found, cfg), "seed": seed}, cfg, resume), closing(ENGINES[engine](jobs, address)) as runner:
-        chooser = Chooser(found, out, seed, cfg.hyperparams.epochs * cfg.hyperparams.evals_per_epoch + 1)
-        Sweep(found, out, found.wanted(trials), jobs, runner, fast, chooser).run(progress)
+        Sweep(found, out, found.wanted(trials), jobs, runner, fast, Chooser(found, out, seed)).run(progress)
     return final_board(out)
 
 # %% ../nbs/31_sweep.ipynb #bd6e6956
@@ -499,11 +512,17 @@ class WandbSweep(Sweep):
     def point(self, number: int) -> dict[str, Any]:
         "The point that W&B has chosen."
         chosen = dict(_flat_config(dict(self.tracked.config)))
-        return {d.key: chosen[d.key] for d in self.search.dimensions}
+        return {d.key: Setting(d.key).held(chosen[d.key]) for d in self.search.dimensions}
+
+    @property
+    def at_target(self) -> None:
+        "None: its server starts no more when the target is reached."
+        return None
 
     def behind(self, trial: Trial) -> bool:
-        "Tell W&B of an evaluation; it has its own way to stop a trial."
-        self.tracked.log({self.search.metric: trial.value})
+        "Tell W&B of an evaluation that counts, which the one after the first step does not; it has its own way to stop a trial."
+        if len(trial.evaluations) > 1:
+            self.tracked.log({self.search.metric: trial.value})
         return False
 
     def tell(self, trial: Trial) -> None:
@@ -534,8 +553,8 @@ def run_wandb_sweep(search: Search, cfg: Config, out: Path, trials: int | None, 
         raise InputError("engine wandb: needs a key; set WANDB_API_KEY (or put it into .env), or use --engine local")
     import wandb
 
-    at: Any = {"entity": cfg.tracking.entity, "project": cfg.tracking.project}
-    asked = {**search.raw, "method": search.method, "metric": {"name": search.metric, "goal": search.goal}}
+    at: Any = {name: search.raw.get(name) or getattr(cfg.tracking, name) for name in ("entity", "project")}
+    asked = for_wandb(search, trials)
     silent = replace(cfg, tracking=replace(cfg.tracking, backends=[]))
     with claimed(out, record_of(search, cfg), silent, resume=False), closing(LocalEngine(1)) as engine:
         sweep = WandbSweep(search, out, engine, fast)
