@@ -146,10 +146,10 @@ def test_one_digit_changed_in_a_manifest_or_result(copy):
     early.write_text(early.read_text().replace('"threads": 1', '"threads": 2'))
     result = run_dir / "result.json"
     result.write_text(result.read_text().replace('"val/loss": ', '"val/loss": 1'))
-    assert bad(run_dir) == {str(early.relative_to(run_dir)): "damaged", "result.json": "damaged"}
+    assert {str(early.relative_to(run_dir)), "result.json"} <= bad(run_dir).keys() and set(bad(run_dir).values()) == {"damaged"}
     assert read_checkpoint(list_checkpoints(run_dir)[-1]).step == 10
     (found,) = [w for w in said(lambda: quick(run_dir, resume=True)) if "result.json" in w]
-    assert "is damaged" in found and "written again" in found and bad(run_dir).keys() <= {str(early.relative_to(run_dir))}
+    assert "is damaged" in found and "written again" in found and "result.json" not in bad(run_dir)
 
 
 # --- what may differ ---
