@@ -14,8 +14,8 @@ SMALLEST = ["data.source=synthetic", "tokenizer.kind=bpe", "attn_configs.causal.
                                            "save_every=2", "evals_per_epoch=1", "device=cpu", "optimizer=adamw", "lr=0.003")),
             *(f"model_configs.gpt.{s}" for s in ("d_model=16", "hidden_layer=16", "n_layer=1"))]
 OTHER = ["hyperparams.seed=5", "hyperparams.num_titles=320"]  # another run: other weights, titles and tokenizer, all of the same shape
-RATES = (0.003, 0.01)  # of the sweep's two trials
-SEARCH = {"method": "grid", "metric": {"name": "val/loss", "goal": "minimize"}, "parameters": {"hyperparams.lr": {"values": list(RATES)}}}
+RATES, OTHER_RATES = (0.003, 0.01), (0.004, 0.02)  # of the two trials of the sweep, and of another one
+SEARCH = {"method": "grid", "metric": {"name": "val/loss", "goal": "minimize"}}
 
 
 def write_inputs(folder: Path) -> None:
@@ -27,7 +27,8 @@ def write_inputs(folder: Path) -> None:
             node = node.setdefault(part, {})
         node[key.split(".")[-1]] = yaml.safe_load(value)
     (folder / "small.yaml").write_text(yaml.safe_dump(tree))
-    (folder / "search.yaml").write_text(yaml.safe_dump(SEARCH))
+    for name, rates in (("search.yaml", RATES), ("other.yaml", OTHER_RATES)):
+        (folder / name).write_text(yaml.safe_dump({**SEARCH, "parameters": {"hyperparams.lr": {"values": list(rates)}}}))
 
 
 # Each console command, on a folder `run` or `sweep` beside the inputs. A command that is not here fails test_harness.py.
@@ -44,6 +45,7 @@ COMMANDS = {
     "mainrun-export": ["run", "exported"],
     "mainrun-configs": [],
 }
+SWEEP = COMMANDS["mainrun-sweep"]
 
 
 def prepared_trials(folder: str) -> None:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from actions import COMMANDS, OTHER, RATES, half, write_inputs
+from actions import COMMANDS, OTHER, OTHER_RATES, RATES, SWEEP, half, write_inputs
 from judge import Wrong
 from workers import Done, Fault, Job, Worker, entry_points
 
@@ -17,18 +17,19 @@ class Ground:
     """A folder with everything prepared, and a worker for the cases."""
 
     def __init__(self, worker: Worker) -> None:
-        self.worker = worker
+        self.worker, self.patch = worker, ""  # code for every job: a fault planted in the product (planted.py)
         self.folder = Path(tempfile.mkdtemp(prefix="faults-", dir=MEMORY if MEMORY.is_dir() else None))
         write_inputs(self.folder)
         self.do("mainrun-train")
         self.do("mainrun-train", "--config", "small.yaml", "--out", "other", *OTHER)
-        for rate in RATES:
+        for rate in RATES + OTHER_RATES:
             self.do("mainrun-train", "--config", "small.yaml", "--out", f"trials/{rate}", f"hyperparams.lr={rate}")
         shutil.copytree(self.folder / "run", self.folder / "half")
         half(self.folder / "half")
         self.do("mainrun-sweep")
         shutil.copytree(self.folder / "sweep", self.folder / "half-sweep")
         shutil.rmtree(self.folder / "half-sweep" / "trial-0001")
+        self.do("mainrun-sweep", "other.yaml", *(word.replace("sweep", "other-sweep") for word in SWEEP[1:-2]))
 
     def do(self, name: str, *arguments: str) -> Done:
         """Run a command that must succeed."""
@@ -38,8 +39,8 @@ class Ground:
 
     def run(self, where: Path, name: str, *arguments: str, **world: object) -> Done:
         """Run a console command, with the arguments of actions.py if none are given, in a folder."""
-        patch = f"import actions; actions.prepared_trials({str(self.folder / 'trials')!r})" if name == "mainrun-sweep" else ""
-        job = Job([name, *(arguments or COMMANDS.get(name, []))], str(where), patch=patch)
+        trials = f"import actions; actions.prepared_trials({str(self.folder / 'trials')!r})\n" if name == "mainrun-sweep" else ""
+        job = Job([name, *(arguments or COMMANDS.get(name, []))], str(where), patch=trials + self.patch)
         for key, value in world.items():
             setattr(job, key, value)
         return self.worker.run(job)
