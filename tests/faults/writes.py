@@ -32,12 +32,14 @@ def same_files(found: Path, wanted: Path) -> None:
         raise Wrong(f"differs: {', '.join(differ)[:200]}")
 
 
+def board(folder: Path) -> list[dict]:
+    """The leaderboard of a sweep, but for the times."""
+    with open(folder / "leaderboard.csv", newline="") as f:
+        return [{k: v for k, v in row.items() if "second" not in k} for row in csv.DictReader(f)]
+
+
 def same_sweep(found: Path, wanted: Path) -> None:
     """The same leaderboard and trials, but for their times."""
-    def board(folder: Path) -> list[dict]:
-        with open(folder / "leaderboard.csv", newline="") as f:
-            return [{k: v for k, v in row.items() if "second" not in k} for row in csv.DictReader(f)]
-
     if board(found) != board(wanted):
         raise Wrong("another leaderboard")
     for path in sorted(wanted.glob("trial-*/trial.json")):
