@@ -15,15 +15,23 @@ from ground import Case, Ground
 from judge import Wrong, check_words
 
 SECRET = "sk-0123456789abcdef-not-for-any-eye"
-VALUES = ["0", "-1", "1e400", ".inf", ".nan", "1_000", "0123", "0x1F", "1:30", "yes", "~", "''", "' '", "é", "\\u2028", '"\\0"', '"\\x1b[31m"',
-          '"a\\nb"', "[", "[=1", "]", "{", "{a: 1}", "[[[1]]]", "- 1", "? x", "*nowhere", "&a [*a]", "<<: {lr: 1}", "!!int x", "!!float [1]",
-          "!!python/object/apply:os.system [id]", "!!binary x", "!!timestamp x", "!!set {a}", "!own 1", "2026-11-29", "${nope}", "${",
-          "${oc.env:WANDB_API_KEY}", "${oc.env:WANDB_API_KEY,x}", "${oc.env:HN_TITLES,hackernews}", "${oc.decode:${oc.env:WANDB_API_KEY}}",
-          "${oc.create:{}}", "${hyperparams}", "${.lr}", "${data.source}", "${hyperparams.lr}", "???", "%", "@x", "`x`", "|", ">", "#", "---", "...",
-          "9" * 5000, "x" * 5000, "[" * 1500, "{a: " * 1500, "a.b", "=", "==1", "a=b", "../../x", "/etc/passwd", "a" * 256, "NULL", "None"]
-KEYS = ["lr", "hyperparams.lr", "", " ", "é", "1", "null", "true", "<<", "a b", "a\tb", "__class__", "hyperparams", "x" * 300, "data", "!!str lr",
-        "? lr", "[lr]", ".".join(["a"] * 3000), "lr\x07", "epilson", "hyperparam"]
-BYTES = [b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\t", b"\r", b"\r\n", b"\x85", b"\xe2\x80\xa8", b"%YAML 9.9\n", b"---\n", b"...\n", b"&a ", b"*a", b"!!x ", b"'"]
+VALUES = [
+    "0", "-1", "1e400", ".inf", ".nan", "1_000", "0123", "0x1F", "1:30", "yes", "~", "''", "' '", "é", "\\u2028", '"\\0"', '"\\x1b[31m"',
+    '"a\\nb"', "[", "[=1", "]", "{", "{a: 1}", "[[[1]]]", "- 1", "? x", "*nowhere", "&a [*a]", "<<: {lr: 1}", "!!int x", "!!float [1]",
+    "!!python/object/apply:os.system [id]", "!!binary x", "!!timestamp x", "!!set {a}", "!own 1", "2026-11-29", "${nope}", "${",
+    "${oc.env:WANDB_API_KEY}", "${oc.env:WANDB_API_KEY,x}", "${oc.env:HN_TITLES,hackernews}", "${oc.decode:${oc.env:WANDB_API_KEY}}",
+    "${oc.create:{}}", "${hyperparams}", "${.lr}", "${data.source}", "${hyperparams.lr}", "???", "%", "@x", "`x`", "|", ">", "#", "---",
+    "...", "9" * 5000, "x" * 5000, "[" * 1500, "{a: " * 1500, "a.b", "=", "==1", "a=b", "../../x", "/etc/passwd", "a" * 256, "NULL",
+    "None",
+]
+KEYS = [
+    "lr", "hyperparams.lr", "", " ", "é", "1", "null", "true", "<<", "a b", "a\tb", "__class__", "hyperparams", "x" * 300, "data",
+    "!!str lr", "? lr", "[lr]", ".".join(["a"] * 3000), "lr\x07", "epilson", "hyperparam",
+]
+BYTES = [
+    b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\t", b"\r", b"\r\n", b"\x85", b"\xe2\x80\xa8", b"%YAML 9.9\n", b"---\n", b"...\n", b"&a ",
+    b"*a", b"!!x ", b"'",
+]
 
 
 def valid(draw: random.Random) -> list[str]:
@@ -75,7 +83,8 @@ def mutated(seed: int) -> tuple[bytes, list[str]]:
     data = "\n".join(lines).encode("utf-8", "surrogatepass") + b"\n"
     if draw.random() < 0.25:
         at = draw.randrange(len(data))
-        data = draw.choice([data[:at], data[:at] + draw.choice(BYTES) + data[at:], data[:at] + bytes([draw.randrange(256)]) + data[at + 1 :]])
+        one = bytes([draw.randrange(256)])
+        data = draw.choice([data[:at], data[:at] + draw.choice(BYTES) + data[at:], data[:at] + one + data[at + 1 :]])
     if draw.random() < 0.5:
         key = draw.choice([draw.choice(SMALLEST).split("=")[0], draw.choice(KEYS)])
         overrides.append(key + draw.choice(["=", "=", "=", "", ":", "=="]) + draw.choice(VALUES))

@@ -1,6 +1,7 @@
 """Kind 2: every file of a run's and of a sweep's folder, damaged in six ways, before every command.
 
-Allowed are the result of the undamaged folder; another one with a warning that names the file; or one line that names it and exit code 1 or 2.
+Allowed are the result of the undamaged folder, another one with a warning that names the file, and one line that names it with exit
+code 1 or 2.
 """
 import json
 from collections.abc import Callable

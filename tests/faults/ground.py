@@ -1,4 +1,4 @@
-"""What the cases start from, made once: a finished run, one that was cut short, another run, a sweep, and what each command says of them."""
+"""What the cases start from, made once: a finished run, one that was cut short, another run, a sweep."""
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator

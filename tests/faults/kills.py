@@ -1,4 +1,4 @@
-"""Kind 5: SIGKILL at random moments, up to three in a row, of a run alone and of one or both of two ranks; then the run goes on to its end."""
+"""Kind 5: SIGKILL at random moments, up to three in a row, of a run alone and of one or both of two ranks; then the run goes on."""
 import random
 import socket
 from functools import partial

@@ -1,4 +1,4 @@
-"""Kind 4: each standard stream closed, full, with nobody at its other end, or of plain ASCII, or all of them closed, under every command."""
+"""Kind 4: each standard stream closed, full, with nobody at its other end or of plain ASCII, under every command."""
 from functools import partial
 from pathlib import Path
 

@@ -1,11 +1,10 @@
-"""A warm process that does each case in a fork of itself: everything is imported and has been used once, so a case takes what its work takes.
+"""A warm process that does each case in a fork of itself: everything is imported and has been used once.
 
 `Worker().run(job)` is what tests use; below it is what happens in the process, which `Worker` starts with the library of faults.c.
 """
 import ctypes
 import errno
 import importlib
-import io
 import json
 import os
 import shutil
@@ -22,12 +21,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
+CODE = Path(os.environ.get("MAINRUN_FAULTS_CODE", ROOT))  # the checkout that is tried; another one than this on request
 
 
 def entry_points() -> dict[str, str]:
     """The console commands as settings.ini has them: name -> module:function."""
     settings = ConfigParser()
-    settings.read(ROOT / "settings.ini")
+    settings.read(CODE / "settings.ini")
     lines = settings["DEFAULT"]["console_scripts"].strip().splitlines()
     return {name.strip(): target.strip() for name, target in (line.split("=") for line in lines)}
 
@@ -90,9 +90,9 @@ def compiled() -> Path | None:
 class Worker:
     """The warm process, seen from outside."""
 
-    def __init__(self, code: Path = ROOT) -> None:
+    def __init__(self) -> None:
         library = compiled()
-        env = {**os.environ, "PYTHONPATH": str(code), "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "PYTHONDONTWRITEBYTECODE": "1",
+        env = {**os.environ, "PYTHONPATH": str(CODE), "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "PYTHONDONTWRITEBYTECODE": "1",
                "WANDB_MODE": "offline", **({"LD_PRELOAD": str(library)} if library else {})}
         env = {k: v for k, v in env.items() if not k.startswith(("PYTEST", "COLUMNS"))}
         self.process = subprocess.Popen([sys.executable, __file__], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -119,10 +119,9 @@ class Worker:
 
 def warm_up() -> None:
     """Import and use everything once, so that a fork finds it in memory; the clock of the machine is not measured again each time."""
+    import papermill
     import torch
     import torch._dynamo
-
-    import papermill
     from actions import SMALLEST, executed_here
 
     import mainrun_nb.cli
@@ -172,7 +171,7 @@ def renew_streams(ascii_only: bool) -> None:
     for fd, name, errors in ((0, "stdin", "strict"), (1, "stdout", "strict"), (2, "stderr", "backslashreplace")):
         try:
             os.fstat(fd)
-            stream = io.open(fd, "r" if fd == 0 else "w", encoding=encoding, errors=errors, closefd=False, buffering=1 if fd == 2 else -1)
+            stream = open(fd, "r" if fd == 0 else "w", encoding=encoding, errors=errors, closefd=False, buffering=1 if fd == 2 else -1)
         except OSError as e:
             if e.errno != errno.EBADF:
                 raise
