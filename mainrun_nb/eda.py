@@ -8,6 +8,7 @@ __all__ = ['Rows', 'Drawing', 'Part', 'describe', 'markdown', 'openings', 'Zipf'
            'explore_tokens', 'join_parts', 'explore']
 
 # %% ../nbs/04_eda.ipynb #bddcad6c
+import io
 import json
 import re
 import unicodedata
@@ -22,8 +23,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import moved
-from .config import Config, InputError
+from .config import Config, InputError, RunError
 from .data import joined_chars, load_titles, split_titles
+from .sources import atomic_write
 
 # %% ../nbs/04_eda.ipynb #fda5fa4f
 def count_words(titles: Iterable[str]) -> Counter[str]:
@@ -325,7 +327,8 @@ def save_pictures(
             draw(ax)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            fig.savefig(folder / f"{name}.png", dpi=110)
+            fig.savefig(buffer := io.BytesIO(), format="png", dpi=110)
+        atomic_write(folder / f"{name}.png", buffer.getvalue())
     return [f"{name}.png" for name in pictures]
 
 # %% ../nbs/04_eda.ipynb #5eb91bfd
@@ -389,10 +392,10 @@ def explore(
         rows, pictures = join_parts(parts)
         files = ["eda.md", "eda.json", *save_pictures(folder, pictures)]
         result = dict(source=cfg.data.source, rows=rows, openings=openings([*train, *val], most=30), files=files)
-        (folder / "eda.md").write_text(markdown(rows), encoding="utf-8")
-        (folder / "eda.json").write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
-    except OSError as e:
-        raise InputError(f"{folder}: cannot be written ({e.strerror or e})") from None
+        atomic_write(folder / "eda.md", markdown(rows))
+        atomic_write(folder / "eda.json", json.dumps(result, indent=1, ensure_ascii=False))
+    except (OSError, RunError) as e:
+        raise InputError(f"{folder}: cannot be written ({e.strerror})" if isinstance(e, OSError) else str(e)) from None
     return result
 
 # %% ../nbs/04_eda.ipynb #433a257f

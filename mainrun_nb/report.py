@@ -303,7 +303,8 @@ def make_report(folder: str | Path) -> Path:
         raise InputError(f"{folder}: is neither the folder of a sweep nor that of a run")
     try:
         source, target = str(template("report.ipynb")), str(where / "report.ipynb")
-        papermill.execute_notebook(source, target, {"folder": str(where)}, kernel_name="python3", progress_bar=False)
+        papermill.execute_notebook(source, target, {"folder": str(where)}, kernel_name="python3", progress_bar=False,
+                                   extra_arguments=["--IPKernelApp.log_level=ERROR"])  # else it warns of its own TCP ports
     except papermill.PapermillExecutionError as e:
         raise (InputError if e.ename == "InputError" else RunError)(f"{folder}: {e.evalue}") from None
     return where / "report.html"

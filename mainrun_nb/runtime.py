@@ -13,7 +13,9 @@ import os
 import platform
 import re
 import resource
+import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,7 +23,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ import torch.distributed as dist
 from fastcore.imports import in_jupyter
 
 import mainrun_nb
-from .config import Hyperparams, InputError, RunError
+from .config import Hyperparams, InputError, RunError, visible
 
 # %% ../nbs/20_runtime.ipynb #542510c1
 def pick_device(name: str) -> torch.device:
@@ -83,6 +85,7 @@ class Processes:
 
     rank: int = 0
     count: int = 1
+    missing: Callable[[], str] = field(default=lambda: "a process", repr=False)  # who does not answer, in words
 
     def share(self, work: Callable[[], Any]) -> Any:
         "What `work()` returns, or raises, on the first process; on all of them."
@@ -114,6 +117,102 @@ class Processes:
             dist.gather_object(value, values if self.rank == 0 else None)
         return values
 
+# %% ../nbs/20_runtime.ipynb #231dc69e
+class Heartbeat:
+    "Within it, this process shows the others of its job that it lives, and ends where one of them does not."
+
+    def __init__(
+        self,
+        rank: int,
+        count: int,
+        store: Any,  # the job's key-value store
+        limit: float,  # seconds without a sign of life after which a process is lost
+    ) -> None:
+        self.rank, self.store, self.limit, self.every = rank, store, limit, min(3.0, limit / 15)
+        self.quick = 2 * self.every + 0.5  # seconds after which a living process has long been heard
+        self.counts = {r: -1 for r in range(count) if r != rank}
+        self.heard = dict.fromkeys(self.counts, time.monotonic())
+        self.answered = time.monotonic()  # when the store last answered
+        self.done, self.stops = threading.Event(), list[int]()
+
+    def beat(self) -> None:
+        "One sign of life, and a look at the others'."
+        self.store.add(f"beat/{self.rank}", 1)
+        for r, before in self.counts.items():
+            self.counts[r] = self.store.add(f"beat/{r}", 0)
+            if self.counts[r] != before:
+                self.heard[r] = time.monotonic()
+        self.answered = time.monotonic()
+
+    def silent(self, seconds: float) -> list[int]:
+        "The processes not heard for so long; the first one, which holds the store or whose torchrun does, where that does not answer."
+        now = time.monotonic()
+        return [0] if now - self.answered > seconds else [r for r, at in self.heard.items() if now - at > seconds]
+
+    def missing(self) -> str:
+        "Who does not answer, in words, after a wait that shows it."
+        end = time.monotonic() + self.quick + self.every
+        while not (found := self.silent(self.quick)) and time.monotonic() < end:
+            time.sleep(self.every / 4)
+        return f"rank {found[0]}" if found else "a process"
+
+    def judge(self) -> tuple[str, int] | None:
+        "Why this process must end, and its exit code; None if it need not."
+        lost, waited = self.silent(self.limit), self.silent(self.quick)
+        if self.stops and waited:
+            return f"stopped by {signal.Signals(self.stops[0]).name} while rank {waited[0]} does not answer", 128 + self.stops[0]
+        if lost:
+            return f"rank {lost[0]} has given no sign of life for {self.limit:g} s: it is stopped or out of reach", 1
+        return None
+
+    def beats(self) -> None:
+        "Beat until the end; a store that fails is a silent one."
+        while not self.done.is_set():
+            with suppress(RuntimeError):
+                self.beat()
+            self.done.wait(self.every)
+
+    def watches(self, woken: socket.socket) -> None:
+        "Judge until the end, after each signal and every few seconds; a pause of this process itself says nothing of the others."
+        last = time.monotonic()
+        while not self.done.is_set():
+            if select.select([woken], [], [], self.every)[0]:
+                self.stops += [s for s in woken.recv(64) if s in (signal.SIGINT, signal.SIGTERM)]
+            if time.monotonic() - last > self.quick:
+                self.heard, self.answered = dict.fromkeys(self.heard, time.monotonic()), time.monotonic()
+            last = time.monotonic()
+            if (why := self.judge()) and not self.done.is_set():
+                end_here(*why, speaks=self.rank == min({self.rank, *self.counts} - {*self.silent(self.quick)}))
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        "Beat and watch in two threads: the store may not answer, and the watch must go on."
+        woken, waker = socket.socketpair()
+        waker.setblocking(False)
+        main = threading.current_thread() is threading.main_thread()
+        before = signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False) if main else -1
+        threads = [threading.Thread(target=f, args=a, daemon=True) for f, a in ((self.beats, ()), (self.watches, (woken,)))]
+        for thread in threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            self.done.set()
+            if main:
+                signal.set_wakeup_fd(before)
+            for thread in threads:
+                thread.join(2 * self.every)
+
+# %% ../nbs/20_runtime.ipynb #53b1ebe9
+def end_here(why: str, code: int, speaks: bool) -> None:
+    "End this process at once, from any thread, with one line if it is the one to speak."
+    prog = Path(sys.argv[0]).name
+    if speaks:
+        with suppress(OSError, ValueError, AttributeError):
+            print(f"{prog if prog.startswith('mainrun-') else 'mainrun'}: {visible(why)}; the last checkpoint is kept, --resume goes on "
+                  "from there", file=sys.stderr, flush=True)
+    os._exit(code)
+
 # %% ../nbs/20_runtime.ipynb #901c25b6
 def leave_job() -> None:
     "Leave the job, with nothing left that holds its process group."
@@ -126,15 +225,24 @@ def leave_job() -> None:
 
 # %% ../nbs/20_runtime.ipynb #cb258271
 @contextmanager
-def joined(device: torch.device) -> Iterator[Processes]:
+def joined(
+    device: torch.device,
+    heartbeat: float = 45.0,  # seconds without a sign of life after which a process is lost
+) -> Iterator[Processes]:
     "Join the job that torchrun started, or be alone."
     count, own = int(os.environ.get("WORLD_SIZE", 1)), not dist.is_initialized()
-    if count > 1 and own:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
+    if count == 1:
+        yield Processes()
+        return
+    if own:  # who waits for how long is the heartbeat's business
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
+    world: Any = dist.group.WORLD
+    heart = Heartbeat(dist.get_rank(), count, world.get_group_store().clone(), heartbeat)
     try:
-        yield Processes(dist.get_rank(), count) if count > 1 else Processes()
+        with heart.running():
+            yield Processes(dist.get_rank(), count, heart.missing)
     finally:
-        if count > 1 and own:
+        if own:
             leave_job()
 
 # %% ../nbs/20_runtime.ipynb #0ab80196
@@ -169,7 +277,7 @@ def noted_signals() -> Iterator[list[int]]:
 # %% ../nbs/20_runtime.ipynb #96719617
 def in_log_file() -> bool:
     "Whether nobody watches the progress bar as it moves: standard error is no terminal, and there is no notebook."
-    return not sys.stderr.isatty() and not in_jupyter()
+    return not (sys.stderr and sys.stderr.isatty()) and not in_jupyter()
 
 # %% ../nbs/20_runtime.ipynb #ac3d767f
 def _git(*args: str) -> str:

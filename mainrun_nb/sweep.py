@@ -32,6 +32,7 @@ from .data import load_titles
 from .memory import MemoryBudgetError, check_budget, check_build
 from .runtime import Interrupted, in_log_file, noted_signals, pick_device
 from .search import FINAL, Chooser, Leaderboard, Search, Trial, evaluations, read_board, read_search, read_trials
+from .sources import check_file_name
 from .search import Dimension, grid_points, override, random_point  # noqa: F401  scripts import them from here
 from .tracking import has_key
 
@@ -468,7 +469,7 @@ def promote(
     folder: str | Path = "sweeps/sota",
 ) -> Path:
     "Write the best trial of a sweep as `folder/NAME.yaml`. Raises `InputError` if no trial is complete or the file exists."
-    out, target = Path(out_dir), Path(folder) / f"{name}.yaml"
+    out, target = Path(out_dir), Path(folder) / f"{check_file_name(name, '--promote')}.yaml"
     best = read_board(out).best
     if best is None:
         raise InputError(f"{out}: no trial is complete, so there is nothing to promote")

@@ -8,10 +8,8 @@ __all__ = ['WORDS', 'SPECIALS', 'KINDS', 'disguise', 'train_bpe', 'Tokenizer', '
 
 # %% ../nbs/07_tokenizer.ipynb #0260f25e
 import base64
-import contextlib
 import hashlib
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -26,8 +24,8 @@ import tiktoken
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from .config import InputError, check_name
-from .sources import check_text, check_titles
+from .config import InputError, RunError, check_name
+from .sources import atomic_write, check_text, check_titles
 
 # %% ../nbs/07_tokenizer.ipynb #aa157d3d
 BYTES = [bytes([b]) for b in range(256)]
@@ -354,15 +352,13 @@ def unpack(text: str) -> Tokenizer:
 # %% ../nbs/07_tokenizer.ipynb #0c6f0ec0
 def write_file(path: Path, text: str) -> None:
     "Write a text file whole or not at all. Raises `InputError` where it cannot be written."
-    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(path)
+        atomic_write(path, text.encode())
     except OSError as e:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
         raise InputError(f"{path}: cannot be written ({e.strerror})") from None
+    except RunError as e:
+        raise InputError(str(e)) from None
 
 # %% ../nbs/07_tokenizer.ipynb #10b81ae9
 def load_tokenizer(

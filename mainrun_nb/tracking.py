@@ -23,15 +23,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
-from .config import Config, InputError, RunError, check_name, register_name
+from .config import Config, InputError, RunError, check_name, first_line, register_name, scrubbed
+from .sources import atomic_write
 
 # %% ../nbs/24_tracking.ipynb #e1aafb4f
 def as_json(value: Any) -> Any:
-    "The same value with `None` for each float that is not finite, at any depth."
+    "The same value with `None` for each float that is not finite, and without keys (chapter 00), at any depth."
     if isinstance(value, dict):
         return {k: as_json(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [as_json(v) for v in value]
+    if isinstance(value, str):
+        return scrubbed(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -153,8 +156,32 @@ def register_backend(
     BACKENDS[name] = opener
     register_name("backend", name)
 
+# %% ../nbs/24_tracking.ipynb #00bd792f
+def first_of(path: Path) -> bytes:
+    "The first line of a file; nothing for a file that is empty, missing or none (a device)."
+    if not path.is_file():
+        return b""
+    with open(path, "rb") as file:
+        return file.readline()
+
+
+def check_copy(copy: Path, run_dir: Path | None) -> None:
+    "Raise `InputError` for a second log that cannot be written, or that holds anything else than the beginning of this run's log."
+    try:
+        new, first = not copy.exists(), first_of(copy)
+        if first and first != (first_of(run_dir / "metrics.jsonl") if run_dir else b""):
+            raise InputError(f"hyperparams.log_file: {copy} holds something else than the log of this run; name a new file")
+        copy.open("a").close()
+        if new:
+            copy.unlink()
+    except OSError as e:
+        raise InputError(f"hyperparams.log_file: {copy} cannot be written ({e.strerror})") from None
+
 # %% ../nbs/24_tracking.ipynb #0d73ac93
-def check_tracking(cfg: Config) -> None:
+def check_tracking(
+    cfg: Config,
+    run_dir: Path | None = None,  # of the run that goes on; none: a new one
+) -> None:
     "Raise `InputError` for an unknown or missing backend, a W&B without the key it was told to use, or an impossible log file."
     for name in cfg.tracking.backends:
         package = getattr(BACKENDS[check_name(name, BACKENDS, "tracking.backends")], "package", None)
@@ -162,15 +189,8 @@ def check_tracking(cfg: Config) -> None:
             raise InputError(f"tracking.backends: {name} needs the package '{package}': pip install {package}")
     if "wandb" in cfg.tracking.backends and cfg.tracking.mode == "online" and not has_key():
         raise InputError("tracking.mode: online needs a W&B key; set WANDB_API_KEY, run `wandb login`, or use auto or offline")
-    copy = cfg.hyperparams.log_file
-    if copy:
-        new = not Path(copy).exists()
-        try:
-            Path(copy).open("a").close()
-        except OSError as e:
-            raise InputError(f"hyperparams.log_file: {copy} cannot be written ({e.strerror})") from None
-        if new:
-            Path(copy).unlink()
+    if cfg.hyperparams.log_file:
+        check_copy(Path(cfg.hyperparams.log_file), run_dir)
 
 # %% ../nbs/24_tracking.ipynb #b8eaf7a0
 def run_id(run_dir: Path) -> str:
@@ -179,7 +199,7 @@ def run_id(run_dir: Path) -> str:
     with suppress(OSError, ValueError, KeyError):
         return json.loads(path.read_text())["id"]
     new = secrets.token_hex(4)
-    path.write_text(json.dumps({"id": new}))
+    atomic_write(path, json.dumps({"id": new}))
     return new
 
 # %% ../nbs/24_tracking.ipynb #81ee522e
@@ -227,12 +247,14 @@ class Tracker:
     def _open_logs(self, run_dir: Path, log_file: str | None, resume_step: int | None) -> None:
         "The log, cut back to `resume_step` or empty, and its copy, open at their ends."
         log, copy = run_dir / "metrics.jsonl", Path(log_file) if log_file else None
+        if copy:
+            check_copy(copy, run_dir)
         if resume_step is not None and log.exists():
             cut_log(log, resume_step)
         else:
             log.write_text("")
-        if copy:
-            copy.write_bytes(log.read_bytes())
+        if copy and (copy.is_file() or not copy.exists()):  # what a device was told before, it knows
+            atomic_write(copy, log.read_bytes())
         self.files = {path: open(path, "a", encoding="utf-8") for path in (log, copy) if path}
 
     def _write(self, record: dict[str, Any]) -> None:
@@ -260,8 +282,7 @@ class Tracker:
             yield
         except Exception as e:
             self.backends.pop(name, None)
-            first = (str(e).splitlines() or [""])[0]
-            warnings.warn(f"tracking: {name} failed ({type(e).__name__}: {first}); the run goes on without it", stacklevel=4)
+            warnings.warn(f"tracking: {name} failed ({type(e).__name__}: {first_line(e)}); the run goes on without it", stacklevel=4)
 
 # %% ../nbs/24_tracking.ipynb #5ca704be
 def _series(events: list[dict[str, Any]], kind: str, key: str) -> tuple[list[int], list[float]]:

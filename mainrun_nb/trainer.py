@@ -9,7 +9,6 @@ __all__ = ['RunData', 'prepare_data', 'Plan', 'make_plan', 'TrainState', 'my_row
 # %% ../nbs/27_trainer.ipynb #7fcb8043
 import io
 import json
-import os
 import signal
 import time
 import warnings
@@ -28,7 +27,7 @@ from tqdm.auto import tqdm
 from .checkpoint import Checkpoint, atomic_write, check_folder, list_checkpoints, load_checkpoint, load_run, remove_later
 from .checkpoint import differences  # noqa: F401  scripts import it from here
 from .checkpoint import rng_state, run_lock, save_checkpoint, set_rng_state, sweep_scratch
-from .config import Config, Hyperparams, InputError, RunError, flatten, save_config
+from .config import Config, Hyperparams, InputError, RunError, config_yaml, flatten
 from .data import fingerprint, get_batch, joined_chars, load_titles, ngram_losses, read_titles, split_titles, steps_per_epoch
 from .data import token_stream
 from .evaluate import challenge_windows, validation_metrics
@@ -369,8 +368,7 @@ def claim(held: ExitStack, run_dir: Path, cfg: Config, resume: bool, data: RunDa
         remove_later(found)
     if not going_on:
         data.tokenizer.save(run_dir / "tokenizer")
-        save_config(cfg, run_dir / ".config.yaml.tmp")
-        os.replace(run_dir / ".config.yaml.tmp", run_dir / "config.yaml")
+        atomic_write(run_dir / "config.yaml", config_yaml(cfg))
     return found
 
 # %% ../nbs/27_trainer.ipynb #3eee0fc3
@@ -379,7 +377,7 @@ def before_training(
 ) -> dict[str, Any] | tuple[RunData, Plan, dict[str, Any]]:
     "All that can be refused before anything is written: the result of a run that is finished already, or data, plan and memory."
     hp = cfg.hyperparams
-    check_tracking(cfg)
+    check_tracking(cfg, run_dir if resume else None)
     check_precision(hp, device)
     going_on = check_folder(run_dir, cfg, resume)
     if going_on and (run_dir / "result.json").exists():
@@ -398,7 +396,7 @@ def used_memory(run_dir: Path, device: torch.device) -> str:
     return "before the first step"
 
 
-def explained(error: BaseException, run_dir: Path, device: torch.device, count: int = 1) -> RunError | None:
+def explained(error: BaseException, run_dir: Path, device: torch.device, procs: Processes | None = None) -> RunError | None:
     "What the user should read instead of this error, if it is one of those that machines make."
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in first:
@@ -407,8 +405,9 @@ def explained(error: BaseException, run_dir: Path, device: torch.device, count: 
     if isinstance(error, OSError) and error.strerror:
         kept = "the last checkpoint is kept" if list_checkpoints(run_dir) else "there is no checkpoint yet"
         return RunError(f"{error.filename or run_dir}: {error.strerror}; {kept}")
-    if count > 1 and isinstance(error, RuntimeError) and any(w in str(error) for w in ("gloo", "NCCL", "peer", "onnection", "imed out")):
-        return RunError(f"{run_dir}: a process of this job is gone; the last checkpoint is kept, --resume goes on from there")
+    words = ("gloo", "NCCL", "peer", "onnection", "imed out")
+    if procs and procs.count > 1 and isinstance(error, RuntimeError) and any(w in str(error) for w in words):
+        return RunError(f"{run_dir}: {procs.missing()} of this job is gone; the last checkpoint is kept, --resume goes on from there")
     return None
 
 # %% ../nbs/27_trainer.ipynb #beccdca1
@@ -418,7 +417,7 @@ def told(run_dir: Path, device: torch.device, procs: Processes) -> Iterator[None
     try:
         yield
     except Exception as e:
-        plain = explained(e, run_dir, device, procs.count)
+        plain = explained(e, run_dir, device, procs)
         if procs.rank and isinstance(e, InputError | RunError):
             raise SystemExit(2 if isinstance(e, InputError) else 1) from None  # the first process says it
         raise (plain or e) from (None if plain else e.__cause__)
@@ -483,7 +482,7 @@ def train(
     run_dir, device = Path(run_dir), pick_device(cfg.hyperparams.device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)  # of runs that this process made before
-    with joined(device) as procs, told(run_dir, device, procs), freed_memory_kept():
+    with joined(device, cfg.hyperparams.heartbeat) as procs, told(run_dir, device, procs), freed_memory_kept():
         return RunResult(run_dir, one_run(procs, device, cfg, run_dir, resume, progress, on_event))
 
 # %% ../nbs/27_trainer.ipynb #a92cea0b

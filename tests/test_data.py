@@ -89,7 +89,7 @@ def test_other_column_and_home(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name, content, words", [
     ("a.txt", b"", "no titles"),
     ("a.txt.gz", b"", "no titles"),
-    ("a.txt.gz", gzip.compress(b""), "no titles"),
+    ("a.txt.gz", gzip.compress(b"", mtime=0), "no titles"),
     ("a.csv", b"title\n", "no titles"),
     ("a.csv", b"\n\n", "no titles"),
     ("a.txt", b"\x7fELF\x02\x01\x00" + bytes(range(256)), "zero bytes"),
@@ -196,10 +196,10 @@ def test_no_such_source(tmp_path):
 def test_unreadable(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("x")
 
-    def denied(self):
+    def denied(*args):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("pathlib.Path.read_bytes", denied)
+    monkeypatch.setattr("mainrun_nb.sources.open", denied, raising=False)
     assert "Permission denied" in refusal(load_titles, config(tmp_path / "a.txt"))
 
 

@@ -19,7 +19,7 @@ import torch
 
 import mainrun_nb.trainer as trainer
 from mainrun_nb.checkpoint import list_checkpoints, load_checkpoint, load_run, read_checkpoint
-from mainrun_nb.config import Hyperparams, InputError, RunError, load_config
+from mainrun_nb.config import Hyperparams, InputError, RunError, load_config, save_config
 from mainrun_nb.gpt import GPT
 from mainrun_nb.optim import StepResult
 from mainrun_nb.tracking import read_events
@@ -539,8 +539,46 @@ def test_a_dead_process_ends_the_job_with_one_clear_line(tmp_path):
     wait_for(lambda: steps_logged(run_dir) >= 5)
     second.kill()
     assert ended(first, 60) == 1 and ended(second) == -signal.SIGKILL
-    assert len(said(run_dir)) == 1 and "a process of this job is gone" in said(run_dir)[0] and "--resume" in said(run_dir)[0]
+    assert len(said(run_dir)) == 1 and "rank 1 of this job is gone" in said(run_dir)[0] and "--resume" in said(run_dir)[0]
     assert load_checkpoint(run_dir).step >= 2
+
+
+def stopped_job(tmp_path, heartbeat, rank):
+    """A job of two, of which one is stopped in the middle (SIGSTOP, as by a debugger); both processes, the stopped one first."""
+    processes = job([f"hyperparams.heartbeat={heartbeat}", "hyperparams.max_steps=4000"], tmp_path / "run", 2)
+    wait_for(lambda: steps_logged(tmp_path / "run") >= 5)
+    os.kill(processes[rank].pid, signal.SIGSTOP)
+    return processes[rank], processes[1 - rank]
+
+
+@pytest.mark.parametrize("rank", [1, 0])  # rank 0 holds the store here, which then does not answer either
+def test_a_stopped_process_is_found_and_named(tmp_path, rank):
+    frozen, other = stopped_job(tmp_path, 3, rank)
+    assert ended(other, 30) == 1
+    assert f"rank {rank} has given no sign of life for 3 s" in Path(f"{tmp_path}/run.err").read_text()
+    frozen.kill()
+    assert ended(frozen) == -signal.SIGKILL and load_checkpoint(tmp_path / "run").step >= 1
+
+
+def test_a_signal_ends_a_process_that_waits_for_a_stopped_one(tmp_path):
+    frozen, other = stopped_job(tmp_path, 30, 1)
+    time.sleep(0.5)
+    os.kill(other.pid, signal.SIGTERM)
+    assert ended(other, 25) == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM while rank 1 does not answer" in Path(f"{tmp_path}/run.err").read_text()
+    frozen.kill()
+    ended(frozen)
+
+
+def slow_validation(event):
+    if event["event"] == "validation_step" and event["step"] == 1:
+        time.sleep(5)
+
+
+def test_a_long_evaluation_is_no_fault(tmp_path):
+    """The first process alone is busy, twice as long as the limit, while the other waits for it."""
+    processes = job(["hyperparams.heartbeat=3", "hyperparams.max_steps=3"], tmp_path / "run", 2, slow_validation)
+    assert [ended(p) for p in processes] == [0, 0]
 
 
 @pytest.mark.parametrize("wrong, word", [("hyperparams.batch_size=15", "multiple of 2"), ("data.source=no/such.txt", "no/such.txt")])
@@ -570,7 +608,7 @@ def test_shares_of_a_batch_are_disjoint_and_complete():
 @pytest.mark.slow
 def test_torchrun_itself(tmp_path):
     config = tmp_path / "tiny.yaml"
-    trainer.save_config(tiny(*NO_DROPOUT), config)
+    save_config(tiny(*NO_DROPOUT), config)
     folder = Path(sys.executable).parent
     env = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [folder / "torchrun", "--standalone", "--nproc-per-node", "2", "--no-python", "mainrun-train"]
