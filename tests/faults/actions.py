@@ -11,8 +11,8 @@ import yaml
 
 SMALLEST = ["data.source=synthetic", "tokenizer.kind=bpe", "attn_configs.causal.n_head=2",
             *(f"hyperparams.{s}" for s in ("num_titles=300", "vocab_size=300", "epochs=1", "context_length=16", "batch_size=4",
-                                           "max_steps=6", "save_every=2", "keep_checkpoints=3", "evals_per_epoch=1", "device=cpu", "optimizer=adamw",
-                                           "lr=0.003")),
+                                           "max_steps=6", "save_every=2", "keep_checkpoints=3", "evals_per_epoch=1", "device=cpu",
+                                           "optimizer=adamw", "lr=0.003")),
             *(f"model_configs.gpt.{s}" for s in ("d_model=16", "hidden_layer=16", "n_layer=1"))]
 OTHER = ["hyperparams.seed=5", "hyperparams.num_titles=320"]  # another run: other weights, titles and tokenizer, all of the same shape
 RATES, OTHER_RATES = (0.003, 0.01), (0.004, 0.02)  # of the two trials of the sweep, and of another one
@@ -101,3 +101,7 @@ def many_configs() -> None:
     import configs
 
     configs.many(*sys.argv[1:])
+
+
+def nothing() -> None:
+    """A command that does nothing: whether a fault could be planted."""

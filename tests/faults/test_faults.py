@@ -6,6 +6,7 @@ import pytest
 from actions import COMMANDS
 from ground import Case, Ground, sample
 from judge import Wrong
+from planted import PLANTS
 from workers import Worker, compiled, entry_points
 
 pytestmark = pytest.mark.skipif(compiled() is None, reason="needs Linux and a C compiler")
@@ -49,6 +50,28 @@ def test_a_few(ground, kind, word, count):
 @pytest.mark.parametrize(("kind", "count"), [("writes", 80), ("damage", 160), ("configs", 500), ("stdio", 40), ("kills", 12)])
 def test_more(ground, kind, count):
     survived(ground, sample(cases_of(kind, ground), count))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.name)
+def test_a_planted_fault_is_seen(ground, plant):
+    limited = {"configs": {"count": plant.count}, "writes": {"scenes": ("a resumed run",)}}.get(plant.kind, {})
+    cases = [case for case in importlib.import_module(plant.kind).cases(ground, **limited)
+             if all(word in f"{case.kind} {case.name}" for word in plant.words.split())]
+    cases = sample(cases, plant.count)
+    assert cases, plant.words
+    if plant.kind == "damage":
+        cases[0].fails(ground)  # what is made of the undamaged folder is kept before
+    ground.patch, loaded = plant.patch, ground.__dict__.pop("loaded", None)
+    try:
+        with ground.copy() as where:
+            assert ground.run(where, "nothing").code == 0, "the fault could not be planted"
+        assert any(case.fails(ground) for case in cases), f"none of {len(cases)} cases sees it"
+    finally:
+        ground.patch = ""
+        ground.__dict__.pop("loaded", None)
+        if loaded is not None:
+            ground.__dict__["loaded"] = loaded
 
 
 def test_a_case_that_goes_wrong_is_told(ground):

@@ -4,6 +4,7 @@ The acts are found by watching each scene once, undisturbed; then the scene is p
 without a fault. In the end everything must be as if nothing had happened, or a line says what is in the way and nothing is lost.
 """
 import csv
+import fcntl
 import hashlib
 import json
 import re
@@ -127,9 +128,22 @@ def check(name: str, at: int, error: str, ground: Ground) -> None:
         scene.same(where / scene.result, whole)
 
 
+def check_in_use(name: str, ground: Ground) -> None:
+    """A folder that another process holds is refused, and nothing in it changes."""
+    scene = SCENES[name]
+    with ground.copy(**scene.start) as where, open(where / scene.result / ".lock", "a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        before = digests(where)
+        done = ground.run(where, scene.command, *scene.arguments)
+        check_words(done)
+        check_refusal(done, "another process is at work", allowed=(2,))
+        if digests(where) != before:
+            raise Wrong("something was written into it")
+
+
 def cases(ground: Ground, scenes: tuple[str, ...] = tuple(SCENES)) -> list[Case]:
     """Every act of these scenes x every fault."""
-    found = []
+    found = [Case("a folder in use", f"{name}, in use", partial(check_in_use, name)) for name in scenes if name.startswith("a resumed")]
     for name in scenes:
         acts = acts_of(ground, name)
         found += [Case(f"{error} at every write", f"{name}, {error} at act {at}: {acts[at - 1]}", partial(check, name, at, error))
