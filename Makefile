@@ -1,4 +1,4 @@
-# make quickstart | test | chapter | lab | bench | clean. Each makes .venv where it is missing; Python 3.11 or newer is all it needs.
+# make quickstart | test | chapter | lab | faults | bench | clean. Each makes .venv where it is missing; Python 3.11 or newer is all it needs.
 VENV := .venv
 BIN  := $(VENV)/bin
 # The first interpreter that really starts and is new enough. Choose another: make PYTHON=/path/to/python3 ...
@@ -59,6 +59,9 @@ lint: $(VENV)/.dev  ## the linters alone; none needs a network
 lab: $(VENV)/.dev  ## JupyterLab on the chapters
 	JUPYTER_PREFER_ENV_PATH=1 $(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb \
 	  --ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter $(ARGS)
+
+faults: $(VENV)/.all  ## every fault of tests/faults/, with a table at the end
+	$(BIN)/python tests/faults $(ARGS)
 
 bench: $(VENV)/.all  ## every measurement of benchmarks/, one after the other
 	@for f in $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)); do echo "== $$f"; $(BIN)/python $$f || exit 1; done

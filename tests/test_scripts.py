@@ -1,6 +1,7 @@
 """The scripts of the workflows, run here: real bash and git, with stand-ins for docker, papermill and the console commands."""
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -54,7 +55,8 @@ class Place:
 
     def run(self, script: str, *args: str, **env: str) -> subprocess.CompletedProcess:
         command = ["bash", str(SCRIPTS / script), *args]
-        return subprocess.run(command, cwd=self.code, env={**self.env, **env}, capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, cwd=self.code, env={**self.env, **env}, capture_output=True, text=True,
+                              errors="surrogateescape", timeout=60)
 
     def log(self, name: str = "docker.log") -> list[str]:
         path = self.stubs / name
@@ -147,6 +149,17 @@ def test_train_hands_its_inputs_to_papermill_and_keeps_what_comes_back(trainer):
     assert "## train-1-1" in text and "| val/loss | 1.2500 |" in text and "| parameters | 27,172,864 |" in text and "a\\|b" in text
 
 
+def parameters(place: Place) -> dict:
+    return yaml.safe_load((place.home / "runs/train-1-1/parameters.yaml").read_text())
+
+
+def test_a_new_line_separates_overrides_and_a_seed_is_a_decimal_number(trainer):
+    given = "a.b=1\nc.d=2\r\n\te.f=[1,2]  data.source=/data/titles.txt.gz\n"
+    assert trainer.run("train.sh", **TRAIN, OVERRIDES=given, SEED="0123").returncode == 0
+    assert parameters(trainer)["overrides"] == ["a.b=1", "c.d=2", "e.f=[1,2]", "data.source=/data/titles.txt.gz"]
+    assert parameters(trainer)["seed"] == 123
+
+
 def test_train_without_overrides_gives_an_empty_list(trainer):
     assert trainer.run("train.sh", **TRAIN).returncode == 0
     assert yaml.safe_load((trainer.home / "runs/train-1-1/parameters.yaml").read_text())["overrides"] == []
@@ -164,11 +177,59 @@ def test_train_refuses_what_is_no_plain_input(trainer):
         ("OVERRIDES", 'a=1 b="x"'),
         ("OVERRIDES", "--flag"),
         ("OVERRIDES", "a=1;id"),
+        ("OVERRIDES", "a=1\nb=2\n--flag"),
+        ("OVERRIDES", "hyperparams.log_file=log.jsonl"),
+        ("OVERRIDES", "a=1\r\nb=/etc/passwd"),
+        ("OVERRIDES", "data.source=../titles.txt"),
+        ("OVERRIDES", "data.source=/data/../etc/passwd"),
+        ("OVERRIDES", "data.source=titles.txt"),
+        ("RUN", "a" * 256),
+        ("RUN", "a\nb"),
+        ("MAINRUN_HOME", "relative"),
+        ("MAINRUN_HOME", '/srv/a"b'),
     ]:
         done = trainer.run("train.sh", **{**TRAIN, key: value})
         assert done.returncode == 2 and key in done.stderr, f"{key}={value}: {done.stderr}"
         assert len(done.stderr.splitlines()) == 1
     assert not trainer.log("papermill.log") and not (trainer.home / "runs").exists()
+
+
+ODD = ["", " ", "\n", "\r\n", "\t", "'", '"', "`id`", "$(id)", "${HOME}", "\\", "/", "..", "-", "--help", "*", "?", "~", "#", "&", "|", ";",
+       ">x", "<x", "!", "%s", "{a: 1}", "[1,2]", ": ", "!!int", "é", "٣", "\udcff", "\x1b[31m", "0123", "1e9", "9" * 30,
+       "a" * 300, "a=1", "hyperparams.lr=0.1", "sweeps/base/a.yaml", "sweeps/search/s.yaml", "local", "yes", "null"]
+
+
+def odd_inputs(seed: int, names: list[str], usual: dict[str, str]) -> dict[str, str]:
+    """The usual inputs, but for one or two that are pieced together from odd ones."""
+    draw = random.Random(seed)
+    odd = {name: "".join(draw.choices(ODD, k=draw.choice([1, 1, 1, 2, 3]))) for name in draw.sample(names, draw.choice([1, 1, 2]))}
+    return {**usual, **odd}
+
+
+def refused(done: subprocess.CompletedProcess, inputs: dict[str, str]) -> bool:
+    """Whether a script has refused its inputs; if so, in one line that can be printed."""
+    if done.returncode:
+        assert len(done.stderr.splitlines()) == 1 and "\x1b" not in done.stderr and done.returncode in (1, 2), (inputs, done)
+        assert any(word in done.stderr for word in [*inputs, "a file sweeps/**.yaml", "no such file"]), (inputs, done.stderr)
+    return bool(done.returncode)
+
+
+def test_whatever_train_is_given_arrives_as_it_is_or_is_refused_in_one_line(trainer):
+    count = 0
+    for seed in range(150):
+        inputs = odd_inputs(seed, ["CONFIG", "RUN", "SEED", "OVERRIDES"], {**TRAIN, "OVERRIDES": "a.b=1", "SEED": "7"})
+        before = len(trainer.log("papermill.log"))
+        if refused(trainer.run("train.sh", **inputs), inputs):
+            assert len(trainer.log("papermill.log")) == before, inputs
+            continue
+        folder = trainer.home / "runs" / inputs["RUN"]
+        found = yaml.safe_load((folder / "parameters.yaml").read_text())
+        assert found == {"config": inputs["CONFIG"], "seed": int(inputs["SEED"] or 1337), "out": f"{folder}/run",
+                         "overrides": inputs["OVERRIDES"].split()}, inputs
+        assert folder.parent == trainer.home / "runs"
+        shutil.rmtree(folder)
+        count += 1
+    assert 3 < count < 120
 
 
 def test_train_never_writes_into_another_run(trainer):
@@ -194,9 +255,13 @@ def test_two_jobs_on_one_machine_take_turns(trainer):
     assert [line.split()[0] for line in trainer.log("papermill.log")] == ["start", "end", "start", "end"]
 
 
-def test_summary_says_when_a_run_left_no_result(tmp_path):
-    done = subprocess.run([sys.executable, SCRIPTS / "summary.py", "run", tmp_path / "none.json"], capture_output=True, text=True)
-    assert done.returncode == 0 and "left no result.json" in done.stdout
+def test_summary_says_when_a_run_left_no_result_or_a_damaged_one(tmp_path):
+    result = tmp_path / "result.json"
+    for content in (None, b"", b'{"val/loss": 1.2', b"[1]", b"null", b"\xff\xfe", b"[" * 100_000):
+        if content is not None:
+            result.write_bytes(content)
+        done = subprocess.run([sys.executable, SCRIPTS / "summary.py", "run", result], capture_output=True, text=True)
+        assert done.returncode == 0 and f"left {'no' if content is None else 'a'} result.json" in done.stdout, content
 
 
 @pytest.mark.slow
@@ -259,6 +324,22 @@ def test_sweep_refuses_what_is_no_plain_input(sweeper):
         done = sweeper.run("sweep.sh", **{**SWEEP, key: value})
         assert done.returncode == 2 and value in done.stderr, f"{key}={value}: {done.stderr}"
     assert not sweeper.log("sweep.log")
+
+
+def test_whatever_sweep_is_given_arrives_as_it_is_or_is_refused_in_one_line(sweeper):
+    usual, count = {**SWEEP, "JOBS": "2", "ENGINE": "local"}, 0
+    for seed in range(150):
+        inputs = odd_inputs(seed, [k for k in usual if k != "MAINRUN_LOCAL"], usual)
+        before = len(sweeper.log("sweep.log"))
+        if refused(sweeper.run("sweep.sh", **inputs), inputs):
+            assert len(sweeper.log("sweep.log")) == before, inputs
+            continue
+        folder = sweeper.home / "runs" / f"sweep-{inputs['NAME']}"
+        asked = f"{inputs['SEARCH']} --config {inputs['BASE']} --out {folder} --trials {inputs['TRIALS'] or 20} "
+        assert sweeper.log("sweep.log")[-1] == asked + f"--jobs {inputs['JOBS'] or 1} --engine {inputs['ENGINE'] or 'local'}", inputs
+        shutil.rmtree(folder)
+        count += 1
+    assert 3 < count < 120
 
 
 # --- gpu-status.sh ---
@@ -373,8 +454,51 @@ def test_a_failed_build_leaves_the_runner_where_it_was(runner):
     assert os.readlink(runner.home / "current") == f"worktrees/{new}"
 
 
+# A git that is killed together with the script that called it: before, in the midst of, or after the n-th command.
+MORTAL_GIT = """#!/usr/bin/env bash
+echo >>"$STUBS/calls"
+[ "$(wc -l <"$STUBS/calls")" = "${DIE_AT:-0}" ] || exec REAL "$@"
+[ "$DIE_WHEN" = before ] || { REAL "$@" & { [ "$DIE_WHEN" = amid ] && sleep "$DIE_AFTER"; } || wait; }
+kill -9 0
+"""
+
+
+def killed_at(runner: Place, sha: str, at: int, when: str, after: float = 0.0) -> bool:
+    """Whether the update to a commit came to its n-th git command, and was killed there."""
+    (runner.stubs / "calls").unlink(missing_ok=True)
+    env = {**runner.env, "DIE_AT": str(at), "DIE_WHEN": when, "DIE_AFTER": f"{after:.4f}"}
+    command = ["bash", str(SCRIPTS / "update-runner.sh"), str(runner.code), sha]
+    return subprocess.run(command, env=env, start_new_session=True, capture_output=True).returncode == -9
+
+
+@pytest.mark.parametrize(("when", "first"), [
+    ("before", True), ("amid", False), *(pytest.param(*case, marks=pytest.mark.slow) for case in [
+        ("before", False), ("amid", True), ("after", True), ("after", False)])])
+def test_an_update_that_is_killed_anywhere_can_be_done_again(runner, when, first):
+    shas = [git(runner, "rev-parse", "HEAD"), commit(runner, "code.py", "two")]
+    runner.stub("git", MORTAL_GIT.replace("REAL", shutil.which("git") or "git"))
+    draw, at = random.Random(0), 0
+    while True:
+        at += 1
+        shutil.rmtree(runner.home)
+        runner.home.mkdir()
+        if not first:
+            assert update(runner, shas[0]).returncode == 0
+        if not all([killed_at(runner, sha, at, when, draw.uniform(0, 0.006)) for sha in (shas if first else shas[1:])]):
+            break
+        done = update(runner, shas[1])
+        assert done.returncode == 0, (at, done.stderr)
+        where = (runner.home / "current").resolve()
+        assert where.name == shas[1] and (where / "code.py").read_text() == "two"
+        seen = subprocess.run(["git", "-C", where, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        assert seen == shas[1] and subprocess.run(["git", "-C", where, "status", "--porcelain"], capture_output=True).stdout == b""
+    assert at > 6
+
+
 def test_update_refuses_what_is_no_commit(runner):
-    for sha in ("main", "--upload-pack=id"):
+    done = runner.run("update-runner.sh", "--help", "0" * 40)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "there is no such folder" in done.stderr
+    for sha in ("main", "--upload-pack=id", "0" * 39 + "\n"):
         done = update(runner, sha)
         assert done.returncode == 2 and "allowed are 40 hexadecimal digits" in done.stderr, sha
     assert update(runner, "0" * 40).returncode != 0

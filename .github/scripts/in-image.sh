@@ -24,7 +24,7 @@ if [ -n "${HN_TITLES:-}" ]; then
   options+=(--env "HN_TITLES=$HN_TITLES")
 fi
 if [ -n "${MAINRUN_DOCKER:-}" ]; then
-  read -ra more <<<"$MAINRUN_DOCKER"
+  read -rd '' -a more <<<"$MAINRUN_DOCKER" || true # up to the end, new lines included
   options+=("${more[@]}")
 fi
 if [ -n "${MAINRUN_JOB:-}" ]; then

@@ -19,9 +19,11 @@ def cell(value: object) -> str:
 def summary(title: str, path: Path) -> str:
     """The table: what matters first, then every other single value."""
     lines = [f"## {title}", ""]
-    if not path.is_file():
-        return "\n".join([*lines, "The run left no result.json: the executed notebook in this run's artifacts shows where it stopped.", ""])
-    result = {k: v for k, v in json.loads(path.read_text(encoding="utf-8")).items() if isinstance(v, str | int | float)}
+    try:
+        result = {k: v for k, v in json.loads(path.read_text(encoding="utf-8")).items() if isinstance(v, str | int | float)}
+    except (OSError, ValueError, AttributeError, RecursionError) as e:
+        what = "left no result.json" if isinstance(e, FileNotFoundError) else "left a result.json that cannot be read"
+        return "\n".join([*lines, f"The run {what}: the executed notebook in this run's artifacts shows where it stopped.", ""])
     order = [k for k in FIRST if k in result] + sorted(result.keys() - set(FIRST))
     return "\n".join([*lines, "| what | value |", "|---|---|", *(f"| {cell(k)} | {cell(result[k])} |" for k in order), ""])
 

@@ -5,13 +5,14 @@
 set -euo pipefail
 scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 : "${SEARCH:?}" "${BASE:?}" "${NAME:?}" "${MAINRUN_HOME:?}"
-fail() { echo "$*" >&2; exit 2; }
+fail() { printf '%s\n' "${*//[[:cntrl:]]/?}" >&2; exit 2; } # one line, whatever was found
 
+[[ $MAINRUN_HOME =~ ^/[A-Za-z0-9_./-]+$ ]] || fail "MAINRUN_HOME is '$MAINRUN_HOME'; allowed is an absolute path of plain characters"
 for file in "$SEARCH" "$BASE"; do
   [[ $file =~ ^sweeps/[A-Za-z0-9_/.-]+\.yaml$ && $file != *..* ]] || fail "'$file': allowed is a file sweeps/**.yaml"
   [ -f "$file" ] || fail "'$file': there is no such file"
 done
-[[ $NAME =~ ^[A-Za-z0-9][A-Za-z0-9_.-]*$ ]] || fail "NAME is '$NAME'; allowed are letters, digits, '_', '.' and '-'"
+[[ $NAME =~ ^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$ ]] || fail "NAME is '$NAME'; allowed are up to 100 letters, digits, '_', '.' and '-'"
 [[ ${TRIALS:-20} =~ ^[1-9][0-9]{0,5}$ ]] || fail "TRIALS is '$TRIALS'; allowed is a whole number"
 [[ ${JOBS:-1} =~ ^[1-9][0-9]{0,2}$ ]] || fail "JOBS is '$JOBS'; allowed is a whole number"
 [[ ${ENGINE:-local} =~ ^(local|ray|wandb)$ ]] || fail "ENGINE is '$ENGINE'; allowed are local, ray and wandb"

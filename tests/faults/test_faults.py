@@ -1,0 +1,82 @@
+"""A part of every kind: a few seconds of each in the fast half, minutes of each in the slow half; `make faults` does them all."""
+import importlib
+from collections.abc import Iterator
+
+import pytest
+from actions import COMMANDS
+from ground import Case, Ground, sample
+from judge import Wrong
+from planted import PLANTS
+from workers import Worker, compiled, entry_points
+
+pytestmark = pytest.mark.skipif(compiled() is None, reason="needs Linux and a C compiler")
+
+
+@pytest.fixture(scope="module")
+def ground() -> Iterator[Ground]:
+    """What all cases start from."""
+    ground = Ground(Worker())
+    yield ground
+    ground.close()
+
+
+def survived(ground: Ground, cases: list[Case]) -> None:
+    """Every case; the failure lists those that were not survived."""
+    wrong = [f"{case.kind}: {case.name}: {why}" for case in cases if (why := case.fails(ground))]
+    assert not wrong, f"{len(wrong)} of {len(cases)}:\n" + "\n".join(wrong)
+
+
+def cases_of(kind: str, ground: Ground) -> list[Case]:
+    return importlib.import_module(kind).cases(ground)
+
+
+def test_every_console_command_has_arguments_here():
+    assert set(entry_points()) <= set(COMMANDS), f"say in actions.py what {set(entry_points()) - set(COMMANDS)} is to be given"
+
+
+# A report, a resumed run and a command's streams cost little; kills and sweeps are for the slow half.
+FAST = [("writes", "a resumed run", 6), ("writes", "a run's report", 4), ("damage", "half a run", 6), ("damage", "evaluate", 6),
+        ("stdio", "mainrun-eval", 3), ("stdio", "mainrun-train", 3), ("configs", "", 150)]
+
+
+@pytest.mark.parametrize(("kind", "word", "count"), FAST, ids=[f"{kind}-{word}" for kind, word, _ in FAST])
+def test_a_few(ground, kind, word, count):
+    module = importlib.import_module(kind)
+    limited = {"configs": {"count": count}, "writes": {"scenes": (word,)}}.get(kind, {})
+    survived(ground, sample([case for case in module.cases(ground, **limited) if word in case.name], count))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "count"), [("writes", 80), ("damage", 160), ("configs", 500), ("stdio", 40), ("kills", 12)])
+def test_more(ground, kind, count):
+    survived(ground, sample(cases_of(kind, ground), count))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.name)
+def test_a_planted_fault_is_seen(ground, plant):
+    limited = {"configs": {"count": plant.count}, "writes": {"scenes": ("a resumed run",)}}.get(plant.kind, {})
+    cases = [case for case in importlib.import_module(plant.kind).cases(ground, **limited)
+             if all(word in f"{case.kind} {case.name}" for word in plant.words.split())]
+    cases = sample(cases, plant.count)
+    assert cases, plant.words
+    if plant.kind == "damage":
+        cases[0].fails(ground)  # what is made of the undamaged folder is kept before
+    ground.patch, loaded = plant.patch, ground.__dict__.pop("loaded", None)
+    try:
+        with ground.copy() as where:
+            assert ground.run(where, "nothing").code == 0, "the fault could not be planted"
+        assert any(case.fails(ground) for case in cases), f"none of {len(cases)} cases sees it"
+    finally:
+        ground.patch = ""
+        ground.__dict__.pop("loaded", None)
+        if loaded is not None:
+            ground.__dict__["loaded"] = loaded
+
+
+def test_a_case_that_goes_wrong_is_told(ground):
+    def check(ground: Ground) -> None:
+        raise Wrong("as it should")
+
+    assert Case("any", "case", check).fails(ground) == "as it should"
+    assert sample(list(range(10)), 3) == [0, 3, 6]  # type: ignore[arg-type, comparison-overlap]
