@@ -28,10 +28,11 @@ from tqdm.auto import tqdm
 
 from . import moved
 from .checkpoint import atomic_write, run_lock
-from .config import Config, InputError, RunError, Setting, did_you_mean, flatten, load_config, save_config
+from .config import Config, InputError, RunError, did_you_mean, flatten, load_config, save_config
 from .data import load_titles
 from .memory import MemoryBudgetError, check_budget, check_build
 from .runtime import Interrupted, in_log_file, noted_signals, pick_device
+from .space import Setting
 from .search import FINAL, Chooser, Leaderboard, Search, Trial, evaluations, for_wandb, read_board, read_search, read_trials
 from .sources import check_file_name
 from .search import Dimension, grid_points, override, random_point  # noqa: F401  scripts import them from here

@@ -39,7 +39,7 @@ def as_json(value: Any) -> Any:
         return scrubbed(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
-
+# %% ../nbs/24_tracking.ipynb #f49d030c
 _CRC = re.compile(rb', "crc32": "([0-9a-f]{8})"}\n?$')
 
 
