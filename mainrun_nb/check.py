@@ -137,7 +137,8 @@ def check_trial(folder: Path) -> list[Finding]:
     found, run = [reading("trial.json", read_trial)], folder / "run"
     begun = (run / "config.yaml").exists() or run_files(run) or trial.get("status") == "complete"
     inner = check_run(run) if begun else []
-    differ = [k for k, v in trial.get("params", {}).items() if (run / "config.yaml").exists() and settings_of(run).get(k, v) != v]
+    own = settings_of(run) or {}
+    differ = [k for k, v in trial.get("params", {}).items() if own.get(k, v) != v]
     if inner and inner[0].state == "whole" and differ:
         inner[0] = Finding("config.yaml", "of another run", f"its {differ[0]} is not the trial's")
     for f in inner:

@@ -297,12 +297,12 @@ def config_digest(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(decisive(settings), sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def settings_of(run_dir: Path) -> dict[str, Any]:
-    "The settings in a run's config.yaml under dotted keys; none where it cannot be read, which `load_config` then says."
+def settings_of(run_dir: Path) -> dict[str, Any] | None:
+    "The settings that a run's config.yaml names, under dotted keys; None where it cannot be read, which `load_config` then says."
     try:
         return leaves(read_yaml(run_dir / "config.yaml"))
     except InputError:
-        return {}
+        return None
 
 
 def tokenizer_digest(run_dir: Path) -> str:
@@ -317,7 +317,7 @@ def identify(
     titles: str,  # their digest
 ) -> Identity:
     "A new identity for the run in a folder."
-    return Identity(uuid.uuid4().hex, config_digest(settings_of(run_dir)), tokenizer_digest(run_dir), titles[:16])
+    return Identity(uuid.uuid4().hex, config_digest(settings_of(run_dir) or {}), tokenizer_digest(run_dir), titles[:16])
 
 # %% ../nbs/25_checkpoint.ipynb #1d691a80
 OPENING = "hyperparameters_configured"  # the log's first event
@@ -393,7 +393,7 @@ def misfits(identity: Identity, digests: dict[str, str]) -> list[str]:
 def compare(run_dir: Path, claims: list[Claim]) -> Belongings:
     "Whose a run folder is by what its files say, and which of them are not that run's."
     settings = settings_of(run_dir)
-    digests = {"config.yaml": config_digest(settings) if settings else "", TOKENIZER: tokenizer_digest(run_dir)}
+    digests = {"config.yaml": "" if settings is None else config_digest(settings), TOKENIZER: tokenizer_digest(run_dir)}
     votes = Counter(c.identity for c in claims if c.identity)
     owner = max(votes, key=lambda i: (-len(misfits(i, digests)), votes[i]), default=None)
     first = next((c.content for c in claims if c.file == "metrics.jsonl"), {})
@@ -401,9 +401,9 @@ def compare(run_dir: Path, claims: list[Claim]) -> Belongings:
     if owner:
         found.strangers = {file: "is not the one that the run was begun with" for file in misfits(owner, digests)}
     if "config.yaml" in found.strangers:
-        found.strangers["config.yaml"] += edited(settings, first)
+        found.strangers["config.yaml"] += edited(settings or {}, first)
     for claim in claims:
-        if why := why_not(claim, owner, settings.get("hyperparams.seed"), early="identity" not in first):
+        if why := why_not(claim, owner, (settings or {}).get("hyperparams.seed"), early="identity" not in first):
             found.strangers[claim.file] = why
         elif not claim.identity:
             found.unchecked.append(claim.file)

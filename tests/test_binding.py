@@ -127,6 +127,10 @@ def test_an_edited_configuration_is_refused_and_the_setting_named(copy):
     text = (run_dir / "config.yaml").read_text()
     (run_dir / "config.yaml").write_text(text.replace("n_head: 2", "n_head: 4"))
     refused(lambda: evaluate_run(run_dir), "config.yaml", "attn_configs.causal.n_head (2 at its start, 4 now)")
+    for cut in ("", text[: text.index("model_configs")]):  # still valid YAML, and all that is gone would be a default
+        (run_dir / "config.yaml").write_text(cut)
+        refused(lambda: load_run(run_dir), "config.yaml", "is not the one")
+        assert bad(run_dir) == {"config.yaml": "of another run"}
     (run_dir / "config.yaml").write_text("# tidied up\n" + text.replace("save_every: 2", "save_every: 5"))
     assert said(lambda: evaluate_run(run_dir)) == []  # a setting that decides no number
 

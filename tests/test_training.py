@@ -601,6 +601,18 @@ def test_more_or_fewer_processes_can_go_on_with_a_sharded_optimizer(one_process,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("first, then", [(1, 2), (2, 1)])
+def test_with_other_processes_dropout_stays_defined_and_it_is_said(tmp_path, first, then):
+    stop = functools.partial(kill_at, kind="training_step", step=11)
+    assert [ended(p) for p in job([], tmp_path / "a", first, stop)][0] == -signal.SIGKILL
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    for name in "ab":
+        assert [ended(p) for p in job([], tmp_path / name, then)] == [0] * then
+        assert any(f"processes {then} instead of {first}" in line for line in said(tmp_path / name))
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["muon", "adafactor"])
 def test_other_optimizers_sharded(tmp_path, optimizer):
     options = [*NO_DROPOUT, f"hyperparams.optimizer={optimizer}", "hyperparams.zero_optimizer=true", "hyperparams.max_steps=8"]
