@@ -84,6 +84,8 @@ class Case:
             self.check(ground)
         except Wrong as e:
             return str(e) or "wrong"
+        except (OSError, ValueError, KeyError) as e:  # what should be compared is not there, or cannot be read
+            return f"{type(e).__name__}: {e}"
         return ""
 
 
