@@ -22,7 +22,7 @@ VALUES = [
     "${oc.env:WANDB_API_KEY}", "${oc.env:WANDB_API_KEY,x}", "${oc.env:HN_TITLES,hackernews}", "${oc.decode:${oc.env:WANDB_API_KEY}}",
     "${oc.create:{}}", "${hyperparams}", "${.lr}", "${data.source}", "${hyperparams.lr}", "???", "%", "@x", "`x`", "|", ">", "#", "---",
     "...", "9" * 5000, "x" * 5000, "[" * 1500, "{a: " * 1500, "a.b", "=", "==1", "a=b", "../../x", "/etc/passwd", "a" * 256, "NULL",
-    "None",
+    "None", SECRET, f"[{SECRET}]",
 ]
 KEYS = [
     "lr", "hyperparams.lr", "", " ", "é", "1", "null", "true", "<<", "a b", "a\tb", "__class__", "hyperparams", "x" * 300, "data",

@@ -117,7 +117,9 @@ def check(name: str, file: str, way: str, ground: Ground) -> None:
             raise Wrong("another result, without a word")
 
 
-def cases(ground: Ground) -> list[Case]:
-    """Every file x every damage x every command."""
+def cases(ground: Ground, tries: tuple[str, ...] = tuple(TRIES)) -> list[Case]:
+    """Every file x every damage x every one of these commands."""
+    if any("sweep" in name for name in tries):
+        ground.make_sweeps()
     return [Case(f"a file {way}", f"{name}: {file} {way}", partial(check, name, file, way))
-            for name, (source, *_) in TRIES.items() for file in files_of(ground.folder / source) for way in WAYS]
+            for name in tries for file in files_of(ground.folder / TRIES[name][0]) for way in WAYS]

@@ -22,10 +22,15 @@ class Ground:
         write_inputs(self.folder)
         self.do("mainrun-train")
         self.do("mainrun-train", "--config", "small.yaml", "--out", "other", *OTHER)
-        for rate in RATES + OTHER_RATES:
-            self.do("mainrun-train", "--config", "small.yaml", "--out", f"trials/{rate}", f"hyperparams.lr={rate}")
         shutil.copytree(self.folder / "run", self.folder / "half")
         half(self.folder / "half")
+
+    def make_sweeps(self) -> None:
+        """The trials and the sweeps, where they are not there yet."""
+        if (self.folder / "trials").exists():
+            return
+        for rate in RATES + OTHER_RATES:
+            self.do("mainrun-train", "--config", "small.yaml", "--out", f"trials/{rate}", f"hyperparams.lr={rate}")
         self.do("mainrun-sweep")
         shutil.copytree(self.folder / "sweep", self.folder / "half-sweep")
         shutil.rmtree(self.folder / "half-sweep" / "trial-0001")
@@ -39,6 +44,8 @@ class Ground:
 
     def run(self, where: Path, name: str, *arguments: str, **world: object) -> Done:
         """Run a console command, with the arguments of actions.py if none are given, in a folder."""
+        if name == "mainrun-sweep":
+            self.make_sweeps()
         trials = f"import actions; actions.prepared_trials({str(self.folder / 'trials')!r})\n" if name == "mainrun-sweep" else ""
         job = Job([name, *(arguments or COMMANDS.get(name, []))], str(where), patch=trials + self.patch)
         for key, value in world.items():
@@ -51,6 +58,8 @@ class Ground:
         with tempfile.TemporaryDirectory(prefix="case-", dir=self.folder.parent) as where:
             for name in ("small.yaml", "search.yaml"):
                 shutil.copy(self.folder / name, where)
+            if any("sweep" in old for old in (*names, *renamed.values())):
+                self.make_sweeps()
             for new, old in {**{name: name for name in names}, **renamed}.items():
                 shutil.copytree(self.folder / old, Path(where) / new)
             yield Path(where)
@@ -75,6 +84,8 @@ class Case:
             self.check(ground)
         except Wrong as e:
             return str(e) or "wrong"
+        except (OSError, ValueError, KeyError) as e:  # what should be compared is not there, or cannot be read
+            return f"{type(e).__name__}: {e}"
         return ""
 
 

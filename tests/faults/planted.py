@@ -25,14 +25,15 @@ function.__code__ = names[function.__name__].__code__
 
 @dataclass
 class Plant:
-    """A fault: where it is, what stands there, what is planted, and the cases that must see it (kind, words in the name, how many)."""
+    """A fault: where it is, what stands there, what is planted, and the cases of which one must see it (words in their names, how many)."""
 
     name: str
     where: str  # module:function
     old: str
     new: str
     kind: str
-    words: str
+    where_seen: str  # the scene of writes.py or the try of damage.py
+    words: tuple[str, ...] = ()
     count: int = 3
 
     @property
@@ -44,21 +45,21 @@ class Plant:
 M = "mainrun_nb."
 PLANTS = [
     Plant("a file that is not replaced but overwritten", M + "sources:atomic_write", "os.replace(scratch, path)",
-          "path.write_bytes(data.encode() if isinstance(data, str) else data)", "writes", "a resumed run kill .tmp", 40),
+          "path.write_bytes(data.encode() if isinstance(data, str) else data)", "writes",
+          "a resumed run", ("kill", "write run/result.json")),
     Plant("checksums of a checkpoint not compared", M + "checkpoint:read_checkpoint", "!= expected", "== 'x'", "damage",
-          "half a run: checkpoints/step-00000004 flipped"),
-    Plant("a lock ignored", M + "checkpoint:lock", "return False", "return True", "writes", "a resumed run in use", 1),
+          "resume half a run", ("step-00000004", "flipped")),
+    Plant("a lock ignored", M + "checkpoint:lock", "return False", "return True", "writes", "a resumed run", ("in use",), 1),
     Plant("a log emptied on resume", M + "tracking:cut_log", "os.truncate(path, kept)", "os.truncate(path, 0)", "writes",
-          "a resumed run EINVAL"),
+          "a resumed run", ("EINVAL",)),
     Plant("an error swallowed", M + "checkpoint:save_checkpoint", "raise RunError", "return final\n        raise RunError", "writes",
-          "a resumed run ENOSPC checkpoints", 12),
+          "a resumed run", ("EIO", ".step-00000006"), 12),
     Plant("the step before resumed", M + "trainer:TrainState.load", "setattr(self, k, state[k])",
-          "setattr(self, k, state[k] - (k == 'step'))", "writes", "a resumed run EINVAL"),
-    Plant("random state not restored", M + "trainer:TrainState.load", "set_rng_state(", "str(", "writes", "a resumed run EINVAL"),
+          "setattr(self, k, state[k] - (k == 'step'))", "writes", "a resumed run", ("EINVAL",)),
+    Plant("random state not restored", M + "trainer:TrainState.load", "set_rng_state(", "str(", "writes", "a resumed run", ("EINVAL",)),
     Plant("an unreadable tokenizer read", M + "tokenizer:load_tokenizer", "raise InputError", "raise ValueError", "damage",
-          "evaluate: tokenizer truncated"),
+          "evaluate", ("tokenizer", "truncated")),
     Plant("an error with its traceback", M + "cli:outcome_of", "InputError | RunError", "InputError", "writes",
-          "a resumed run ENOSPC write", 6),
-    Plant("a key that is shown", M + "config:check_interpolations", '"${" in left',
-          '"${" in left and "oc.env" not in left', "configs", "", 120),
+          "a resumed run", ("ENOSPC", "write"), 6),
+    Plant("a key that is shown", M + "config:scrubbed", "return _keys", "return text or _keys", "configs", "", (), 200),
 ]

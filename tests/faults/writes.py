@@ -80,6 +80,11 @@ def place_of(act: str) -> str:
     return re.sub(r"\d+", "N", re.sub(r"\.\d+\.tmp", ".tmp", act))
 
 
+def whole(ground: Ground, name: str) -> Path:
+    """What a scene ends with if nothing happens; for a run, resumed or not, that is the run that was never touched."""
+    return ground.folder / "run" if SCENES[name].same is same_run else ground.folder / "whole" / name
+
+
 def seen_in(path: str, seen: set[str]) -> bool:
     """Whether a file was written, or came with its folder; a trial's run is another process's."""
     return "/run/" in path or any(str(p) in seen for p in (Path(path), *Path(path).parents))
@@ -87,7 +92,7 @@ def seen_in(path: str, seen: set[str]) -> bool:
 
 def acts_of(ground: Ground, name: str) -> list[str]:
     """The acts of a scene that nothing happens to; its outcome is kept, to be compared with."""
-    scene, kept = SCENES[name], ground.folder / "whole" / name
+    scene, kept = SCENES[name], whole(ground, name)
     with ground.copy(**scene.start) as where:
         done = ground.run(where, scene.command, *scene.arguments, fault=Fault(str(where)))
         if done.code:
@@ -112,7 +117,7 @@ def first_and_last(acts: list[str]) -> list[int]:
 
 def check(name: str, at: int, error: str, ground: Ground) -> None:
     """One act goes wrong; then the command is given again."""
-    scene, whole = SCENES[name], ground.folder / "whole" / name
+    scene = SCENES[name]
     with ground.copy(**scene.start) as where:
         fault = Fault(str(where), at, error, lasting=error == "ENOSPC")
         done = ground.run(where, scene.command, *scene.arguments, fault=fault)
@@ -125,7 +130,7 @@ def check(name: str, at: int, error: str, ground: Ground) -> None:
         check_words(again)
         if again.code:
             check_refusal(again, *(scene.done_before or ("nothing may be in the way",)), allowed=(2,))
-        scene.same(where / scene.result, whole)
+        scene.same(where / scene.result, whole(ground, name))
 
 
 def check_in_use(name: str, ground: Ground) -> None:
