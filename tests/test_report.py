@@ -325,7 +325,7 @@ class Tab(Page):
         self.ready()
 
     def ready(self) -> None:
-        wait_for(lambda: self.evaluate("document.documentElement.dataset.ready || ''"), 60)
+        wait_for(lambda: self.evaluate("(document.documentElement || {dataset: {}}).dataset.ready || ''"), 60)
 
     def call(self, method: str, **params) -> dict:
         self.number += 1
@@ -410,8 +410,8 @@ def test_the_page_in_a_browser(browser, shown, width, scheme):
     wait_for(lambda: tab.evaluate(faded) > 3, 10)
     tab.evaluate("document.dispatchEvent(new KeyboardEvent('keydown', {key: 'Escape', bubbles: true}))")
     assert tab.evaluate("document.getElementById('said').textContent") == ""
-    tab.click("#run-0 summary")
-    wait_for(lambda: tab.evaluate("(document.querySelector('#run-0 .chart') || {dataset: {}}).dataset.state == 'drawn'"), 15)
+    tab.click("#runs details:has(.chart) summary")
+    wait_for(lambda: tab.evaluate("document.querySelector('#runs .chart').dataset.state == 'drawn'"), 15)
     # sorted both ways, and filtered
     tab.click(".board thead th:nth-child(2) button")
     losses = "[...document.querySelectorAll('.board tbody tr')].map(r => parseFloat(r.cells[1].dataset.value)).filter(v => !isNaN(v))"
@@ -438,7 +438,8 @@ def test_axe_finds_nothing(browser, shown, width, scheme):
     if code is None:
         pytest.skip("needs axe-core: npm install --global axe-core")
     tab = Tab(browser, shown, width, scheme)
-    tab.click("#run-0 summary")
+    tab.click("#runs details:has(.chart) summary")
+    tab.click("#runs details summary")
     tab.click(".board tbody tr:nth-child(2) button")
     tab.evaluate(code + ";0")
     found = tab.evaluate("axe.run().then(r => r.violations.map(v => [v.id, v.nodes.length, v.nodes[0].html.slice(0, 200)]))")

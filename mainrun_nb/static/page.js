@@ -29,6 +29,7 @@
     const tooltip = { theme: "page", disableDefaultStyle: true };
     const { view } = await vegaEmbed(el, specOf(el), { renderer: "svg", ast: true, actions: false, tooltip });
     views.push(view);
+    for (const part of el.children) part.setAttribute("aria-hidden", "true");  // the picture has a text; its hundreds of marks have none
     view.addEventListener("click", (event, item) => {
       const run = item && item.datum && item.datum.run;
       choose(run && state.one.join() !== run ? [run] : []);
