@@ -7,7 +7,7 @@ __all__ = ['number', 'Run', 'read_object', 'defaults', 'read_settings', 'places'
            'varying', 'setting_text', 'common_settings', 'incomparable', 'diff_text', 'sentence', 'again', 'head_facts',
            'curve_rows', 'reference_rows', 'losses']
 
-# %% ../nbs/29_compare.ipynb #d33b1b7e
+# %% ../nbs/29_compare.ipynb #23935b15
 import csv
 import json
 import math
@@ -28,14 +28,14 @@ import numpy as np
 from .config import Config, InputError, flatten, load_config
 from .page import Picture, aligned, curve_row, spread, thinned
 
-# %% ../nbs/29_compare.ipynb #f887589c
+# %% ../nbs/29_compare.ipynb #70270e81
 def number(value: Any) -> float | None:
     "A finite number, or None for anything else."
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return value if abs(value) < 1e300 and math.isfinite(value) else None
 
-# %% ../nbs/29_compare.ipynb #d45e3e47
+# %% ../nbs/29_compare.ipynb #e72ae203
 @dataclass
 class Run:
     "What is known of one run, from its folder or from its line in a ledger."
@@ -97,7 +97,7 @@ class Run:
                 return name, found
         return None
 
-# %% ../nbs/29_compare.ipynb #4731928c
+# %% ../nbs/29_compare.ipynb #9e2589f2
 def read_object(path: Path, faults: list[str]) -> dict[str, Any]:
     "A JSON object in a file; empty if there is no file, and where it cannot be read, which is noted."
     try:
@@ -111,7 +111,7 @@ def read_object(path: Path, faults: list[str]) -> dict[str, Any]:
         faults.append(f"{path.name}: cannot be read ({e.strerror if isinstance(e, OSError) else 'no JSON'})")
     return {}
 
-# %% ../nbs/29_compare.ipynb #14dce4c0
+# %% ../nbs/29_compare.ipynb #78f95f11
 def read_log(path: Path, faults: list[str]) -> list[dict[str, Any]]:
     "The events of a log. The last line may be under way; other lines that are no event are counted and noted."
     try:
@@ -134,13 +134,13 @@ def read_log(path: Path, faults: list[str]) -> list[dict[str, Any]]:
         faults.append(f"{path.name}: {bad} of {len(lines)} lines are damaged")
     return events
 
-# %% ../nbs/29_compare.ipynb #40ba0449
+# %% ../nbs/29_compare.ipynb #82f1cb98
 @cache
 def defaults() -> dict[str, Any]:
     "Every setting at its default."
     return flatten(Config())
 
-# %% ../nbs/29_compare.ipynb #8f1a35c4
+# %% ../nbs/29_compare.ipynb #7f6ecac5
 def read_settings(path: Path, faults: list[str]) -> dict[str, Any]:
     "The settings in a configuration file; empty where it cannot be read, which is noted."
     try:
@@ -152,7 +152,7 @@ def read_settings(path: Path, faults: list[str]) -> dict[str, Any]:
         faults.append(str(e).replace(str(path), path.name))
     return {}
 
-# %% ../nbs/29_compare.ipynb #1c5d0c0c
+# %% ../nbs/29_compare.ipynb #73c853a1
 def read_run(folder: Path) -> Run:
     "A run from its folder."
     faults: list[str] = []
@@ -166,7 +166,7 @@ def read_run(folder: Path) -> Run:
         run.error = f"at step {at.get('step')} of {at.get('max_steps')}" if at else "has not taken a step"
     return run
 
-# %% ../nbs/29_compare.ipynb #3fc96b2d
+# %% ../nbs/29_compare.ipynb #dc237d6e
 def trial_runs(sweep: Path) -> list[Run]:
     "The trials of a sweep's folder as runs."
     faults: list[str] = []
@@ -186,7 +186,7 @@ def trial_runs(sweep: Path) -> list[Run]:
         found.append(run)
     return found
 
-# %% ../nbs/29_compare.ipynb #4ac61981
+# %% ../nbs/29_compare.ipynb #3e7391a0
 def literal(text: str) -> Any:
     "The value that a text stands for: JSON, or the text itself."
     try:
@@ -204,7 +204,7 @@ def command_settings(command: str) -> dict[str, Any]:
     given = {k: literal(v) for k, _, v in (w.partition("=") for w in words if re.fullmatch(r"[a-z_]+\.[\w.]+=.*", w))}
     return ({"config": words[words.index("--config") + 1]} if "--config" in words[:-1] else {}) | given
 
-# %% ../nbs/29_compare.ipynb #22f7b2ec
+# %% ../nbs/29_compare.ipynb #5cb6c136
 DATA = ("n_titles", "tokens_per_epoch", "sha256", "source")  # columns that say what it was measured on
 
 
@@ -231,10 +231,10 @@ def read_ledger(path: Path) -> list[Run]:
     except (OSError, ValueError, csv.Error) as e:
         raise e if isinstance(e, InputError) else InputError(f"{path}: cannot be read as a ledger ({type(e).__name__})") from None
 
-# %% ../nbs/29_compare.ipynb #a05fe60c
+# %% ../nbs/29_compare.ipynb #83ea7d45
 RUN_FILES = ("result.json", "metrics.jsonl", "config.yaml")
 
-# %% ../nbs/29_compare.ipynb #1ad07b52
+# %% ../nbs/29_compare.ipynb #940580d0
 def places(path: Path) -> list[tuple[str, Path]]:
     "The sweeps, trials, runs and ledgers at or below a path, in order."
     if path.is_file():
@@ -248,7 +248,7 @@ def places(path: Path) -> list[tuple[str, Path]]:
         return []
     return [place for p in inside if p.is_dir() or p.name == "results.csv" for place in places(p)]
 
-# %% ../nbs/29_compare.ipynb #8198c103
+# %% ../nbs/29_compare.ipynb #f3894273
 def find_runs(
     paths: Iterable[str | Path],  # of runs, sweeps, trials, ledgers, or folders with any of these in them
 ) -> list[Run]:
@@ -271,7 +271,7 @@ def find_runs(
                 found |= {r.folder: r for r in trials if r.folder and (kind == "sweep" or r.folder.parent == place)}
     return distinct_names(list(found.values()))
 
-# %% ../nbs/29_compare.ipynb #0318f14e
+# %% ../nbs/29_compare.ipynb #c37cbdd7
 def distinct_names(runs: list[Run]) -> list[Run]:
     "Runs of one name get as much of their folder's path before it as tells them apart."
     for _ in range(8):
@@ -282,7 +282,7 @@ def distinct_names(runs: list[Run]) -> list[Run]:
                 run.name = "/".join(parts[-run.name.count("/") - 2 :]).replace("//", "/")
     return runs
 
-# %% ../nbs/29_compare.ipynb #22603603
+# %% ../nbs/29_compare.ipynb #6286b69c
 BESIDE = ("hyperparams.seed", "hyperparams.log_file", "hyperparams.save_every", "hyperparams.keep_checkpoints",
           "hyperparams.memory_budget_gb", "tracking.")  # what may differ within a recipe
 
@@ -292,7 +292,7 @@ def recipe_key(run: Run) -> str:
     settings = {k: v for k, v in run.settings.items() if not k.startswith(BESIDE)}
     return json.dumps([run.titles, run.group, run.lossless is False, settings], sort_keys=True, default=str)
 
-# %% ../nbs/29_compare.ipynb #9c9f85e1
+# %% ../nbs/29_compare.ipynb #b499eeaa
 @dataclass
 class Recipe:
     "Runs that differ in the seed alone."
@@ -330,7 +330,7 @@ class Recipe:
         found = [v for r in done if (v := r.value(key)) is not None]
         return mean(found) if found else None
 
-# %% ../nbs/29_compare.ipynb #fdd76dda
+# %% ../nbs/29_compare.ipynb #03b1871f
 def recipes(runs: list[Run]) -> list[Recipe]:
     "The recipes of some runs: best first, those on the commonest titles before others."
     groups: dict[str, list[Run]] = {}
@@ -345,13 +345,13 @@ def recipes(runs: list[Run]) -> list[Recipe]:
 
     return sorted(found, key=order)
 
-# %% ../nbs/29_compare.ipynb #6b8c6fd6
+# %% ../nbs/29_compare.ipynb #d73a3fd7
 def common_name(runs: list[Run]) -> str:
     "What the runs of a recipe are called, the seed aside."
     names = [run.group or re.sub(rf"[-_./ ]*(seed|s)?[-_= ]*{run.settings.get('hyperparams.seed')}$", "", run.name) for run in runs]
     return names[0] if len(set(names)) == 1 else os.path.commonprefix(names).rstrip("-_./ 0") or f"{names[0]} and {len(names) - 1} more"
 
-# %% ../nbs/29_compare.ipynb #ae99fbe3
+# %% ../nbs/29_compare.ipynb #ac40812e
 def paired(a: Recipe, b: Recipe) -> tuple[float, float | None, int] | None:
     "How much more `a` loses than `b` on the seeds that both have: mean, standard error (None for one seed), and the number of seeds."
     common = [seed for seed in a.seeds if seed in b.seeds]
@@ -360,7 +360,7 @@ def paired(a: Recipe, b: Recipe) -> tuple[float, float | None, int] | None:
     gaps = [a.seeds[seed] - b.seeds[seed] for seed in common]
     return mean(gaps), stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else None, len(gaps)
 
-# %% ../nbs/29_compare.ipynb #ffed6862
+# %% ../nbs/29_compare.ipynb #9ced83c3
 def varying(runs: list[Run]) -> list[str]:
     "The settings in which some runs differ, those with most values first."
     found: dict[str, int] = {}
@@ -371,7 +371,7 @@ def varying(runs: list[Run]) -> list[str]:
                 found[key] = max(found.get(key, 0), len(values))
     return sorted(found, key=lambda k: -found[k])
 
-# %% ../nbs/29_compare.ipynb #f03a3fd9
+# %% ../nbs/29_compare.ipynb #54d8b461
 def setting_text(value: Any) -> str:
     "A setting as its text."
     if value is None or isinstance(value, str):
@@ -386,7 +386,7 @@ def common_settings(runs: list[Run]) -> list[tuple[str, str]]:
     shared = whole[0].settings.items() if len(whole) > 1 else ()
     return [(k, setting_text(v)) for k, v in shared if k not in vary and not k.startswith(BESIDE) and v != usual.get(k)]
 
-# %% ../nbs/29_compare.ipynb #134143d4
+# %% ../nbs/29_compare.ipynb #02e79480
 def incomparable(runs: list[Run]) -> list[str]:
     "Why some of the runs do not compare, one sentence each; empty if all do."
     scored, found = [r for r in runs if r.loss is not None], []
@@ -404,12 +404,12 @@ def incomparable(runs: list[Run]) -> list[str]:
         found.append(f"Not finished: {few(open_)}. Their loss is that of the last evaluation.")
     return found
 
-# %% ../nbs/29_compare.ipynb #5e738f26
+# %% ../nbs/29_compare.ipynb #7de08072
 def few(names: list[str], most: int = 5) -> str:
     "Some names, and how many more there are."
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
-# %% ../nbs/29_compare.ipynb #fb9e2e98
+# %% ../nbs/29_compare.ipynb #ca9d708a
 def differences(a: Run, b: Run) -> dict[str, list[tuple[str, Any, Any]]]:
     "What differs between two runs: key and both values, by section."
     def parts(run: Run) -> dict[str, dict[str, Any]]:
@@ -423,7 +423,7 @@ def differences(a: Run, b: Run) -> dict[str, list[tuple[str, Any, Any]]]:
     return {name: [(k, x.get(k), y.get(k)) for k in dict.fromkeys([*x, *y]) if x.get(k) != y.get(k)]
             for (name, x), y in zip(parts(a).items(), parts(b).values(), strict=True)}
 
-# %% ../nbs/29_compare.ipynb #19108610
+# %% ../nbs/29_compare.ipynb #0d1bdc13
 def diff_text(a: Run, b: Run) -> str:
     "The differences between two runs as text."
     lines = []
@@ -432,12 +432,12 @@ def diff_text(a: Run, b: Run) -> str:
         lines += [*(aligned(table, [True] * 3) if rows else [f"{section}: no difference"]), ""]
     return "\n".join([*incomparable([a, b]), "", *lines] if incomparable([a, b]) else lines).rstrip()
 
-# %% ../nbs/29_compare.ipynb #f06804e7
+# %% ../nbs/29_compare.ipynb #26841ba7
 def plural(n: int, word: str) -> str:
     "A number and its word."
     return f"{n:,} {word}{'s'[: n != 1]}"
 
-# %% ../nbs/29_compare.ipynb #5a5690c9
+# %% ../nbs/29_compare.ipynb #d31e6b19
 def sentence(runs: list[Run], found: list[Recipe]) -> str:
     "What a set of runs is, and the best of it."
     of = f" of {plural(len(found), 'recipe')}" if len(found) < len(runs) else ""
@@ -455,7 +455,7 @@ def sentence(runs: list[Run], found: list[Recipe]) -> str:
     return (f"{plural(len(runs), 'run')}{of}{how}. The best loss is {best.loss:.4f}{spread} nats per character ({seeds}), by {best.name}; "
             f"it is {where}.")
 
-# %% ../nbs/29_compare.ipynb #9dd6a69c
+# %% ../nbs/29_compare.ipynb #55291381
 def titles_text(runs: list[Run]) -> str:
     "On which titles the runs were measured."
     parts = []
@@ -467,7 +467,7 @@ def titles_text(runs: list[Run]) -> str:
         parts.append(f"{said} ({plural(n, 'run')})")
     return "; ".join(parts)
 
-# %% ../nbs/29_compare.ipynb #2af3d655
+# %% ../nbs/29_compare.ipynb #d810472a
 def again(run: Run) -> str:
     "The command that repeats a run."
     if run.folder is None:
@@ -489,7 +489,7 @@ def head_facts(runs: list[Run], best: Run) -> list[tuple[str, str]]:
         ("Commits", ", ".join(f"{c} ({n})" for c, n in commits.most_common(4)) + more), ("torch", known("versions", "torch")),
         ("Best run", f"{best.name}, commit {str(best.result.get('commit') or 'unknown')[:12]}"), ("Again", again(best))] if v]
 
-# %% ../nbs/29_compare.ipynb #5175511c
+# %% ../nbs/29_compare.ipynb #a526ee92
 KINDS = {"train": ("training_step", "train/nats_per_char"), "validation": ("validation_step", "val/loss")}
 
 
@@ -505,7 +505,7 @@ def curve(run: Run, event: str, key: str) -> np.ndarray:  # (points, 3): step, m
                 found.append((step, seconds / 60, loss))
     return np.array(found).reshape(-1, 3)
 
-# %% ../nbs/29_compare.ipynb #b9e4d6a6
+# %% ../nbs/29_compare.ipynb #048b3070
 def curve_rows(run: Run, colour: str, most: int = 150, apart: bool = False) -> list[dict[str, Any]]:
     "The curves of a run as the data of a picture, at most two rows; `apart` from those that compare."
     batch, context = (number(run.settings.get(f"hyperparams.{k}")) or 0 for k in ("batch_size", "context_length"))
@@ -524,10 +524,10 @@ def reference_rows(runs: list[Run]) -> list[dict[str, Any]]:
     return [{"name": f"{name} {value:.4f}", "loss": value, "runs": names, "everywhere": len(names) == len(runs)}
             for (name, value), names in found.items()]
 
-# %% ../nbs/29_compare.ipynb #c1dc9614
+# %% ../nbs/29_compare.ipynb #392e281a
 MOST_RECIPES = 40
 
-# %% ../nbs/29_compare.ipynb #7b0ef3b2
+# %% ../nbs/29_compare.ipynb #a7c428c2
 def losses(found: list[Recipe], colours: dict[str, str]) -> Picture:
     "The losses of the best recipes on the commonest titles, with their seeds and standard errors."
     shown = [r for r in found if r.loss is not None and r.best.titles == found[0].best.titles][:MOST_RECIPES]

@@ -6,7 +6,7 @@
 __all__ = ['AS_IS', 'Picture', 'beside', 'quantity', 'fading', 'told', 'Axis', 'axis_of_values', 'thinned', 'curve_row', 'limits',
            'curves', 'spread', 'aligned', 'render']
 
-# %% ../nbs/09_page.ipynb #d3433fc9
+# %% ../nbs/09_page.ipynb #5a5e2e04
 import hashlib
 import io
 import json
@@ -22,7 +22,7 @@ import numpy as np
 
 from . import __version__
 
-# %% ../nbs/09_page.ipynb #3055c41b
+# %% ../nbs/09_page.ipynb #df5b773f
 def asset(name: str) -> str:
     "A file of the folder `static`, which the package carries: a page's frame, its style, its script."
     return files("mainrun_nb").joinpath("static", name).read_text(encoding="utf-8")
@@ -39,7 +39,7 @@ CONFIG = {"aria": False, "background": None, "font": "system-ui, sans-serif", "v
           "title": {"color": "var(--ink)", "fontSize": 12}, "axis": {**SOFT, **LINES, "labelOverlap": True}}
 SIGNALS = {"one": [], "axis": "step", "late": True, "apart": False, "low": 0, "high": 1, "knee": 1}  # the page's script sets them
 
-# %% ../nbs/09_page.ipynb #7e20794b
+# %% ../nbs/09_page.ipynb #3197b310
 @dataclass
 class Picture:
     "A Vega-Lite description with its title and its text; in a notebook, a still picture."
@@ -70,7 +70,7 @@ class Picture:
         "Write it as a PNG file."
         Path(path).write_bytes(self._repr_png_())
 
-# %% ../nbs/09_page.ipynb #eaf7195b
+# %% ../nbs/09_page.ipynb #c38c1d77
 def beside(pictures: list[Picture], columns: int = 3) -> Picture:
     "Several pictures as one, for a notebook."
     width = 220 if len(pictures) > 1 else 500
@@ -78,7 +78,7 @@ def beside(pictures: list[Picture], columns: int = 3) -> Picture:
     spec = {"concat": panels or [{"data": {"values": []}, "mark": "point"}], "columns": columns}
     return Picture("", spec, "; ".join(p.alt for p in pictures))
 
-# %% ../nbs/09_page.ipynb #fd1cc5fd
+# %% ../nbs/09_page.ipynb #11cf729c
 def quantity(name: str, title: str = "", **scale: Any) -> dict[str, Any]:
     "A number as an axis that need not begin at zero."
     log = scale.get("type") == "log"
@@ -99,7 +99,7 @@ def told(*names: str) -> list[dict[str, str]]:
 
 AS_IS: dict[str, Any] = {"field": "colour", "type": "nominal", "scale": None, "legend": None}  # a colour that the data give
 
-# %% ../nbs/09_page.ipynb #54b3b1f6
+# %% ../nbs/09_page.ipynb #d221928f
 @dataclass
 class Axis:
     "A setting as an axis: a position for each trial."
@@ -122,7 +122,7 @@ class Axis:
             return [(0.0, f"{min(self.places):.4g}"), (1.0, f"{max(self.places):.4g}")] if self.places else []
         return [(i / max(len(self.labels) - 1, 1), label[:14]) for i, label in enumerate(self.labels)]
 
-# %% ../nbs/09_page.ipynb #634987c3
+# %% ../nbs/09_page.ipynb #a7e802b2
 def axis_of_values(key: str, values: list[Any]) -> Axis:
     "The axis of a setting with these values."
     if values and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
@@ -132,7 +132,7 @@ def axis_of_values(key: str, values: list[Any]) -> Axis:
     labels = sorted(set(texts))
     return Axis(key, [float(labels.index(t)) for t in texts], labels)
 
-# %% ../nbs/09_page.ipynb #10226bbb
+# %% ../nbs/09_page.ipynb #dc579ffb
 def thinned(points: np.ndarray, most: int) -> np.ndarray:
     "At most so many points: the means of parts of equal length."
     return points if len(points) <= most else np.array([part.mean(0) for part in np.array_split(points, most)])
@@ -142,7 +142,7 @@ def curve_row(points: np.ndarray, **row: Any) -> dict[str, Any]:  # points: (n, 
     "A curve as a row of a picture's data."
     return {**row, **{k: [float(f"{v:.5g}") for v in values] for k, values in zip(("step", "minutes", "loss"), points.T, strict=True)}}
 
-# %% ../nbs/09_page.ipynb #f8ceea4c
+# %% ../nbs/09_page.ipynb #520a6ea7
 def limits(
     rows: list[dict[str, Any]],  # curves, at least one
     references: list[dict[str, Any]],  # with their loss
@@ -155,7 +155,7 @@ def limits(
     margin = 0.03 * (knee - low) or 0.01
     return {"low": low - margin, "high": high + margin, "knee": knee + margin, "apart": rows[0]["apart"]}
 
-# %% ../nbs/09_page.ipynb #9278348e
+# %% ../nbs/09_page.ipynb #e1e61f3e
 LOSS = {**quantity("loss", "nats per character"), "scale": {"nice": False, "domain": [{"expr": "low"}, {"expr": "late ? knee : high"}]}}
 
 
@@ -174,7 +174,7 @@ def reference_layer() -> dict[str, Any]:
         {"mark": {"type": "rule", "strokeDash": [5, 4], "color": "var(--soft)", "clip": True}},
         {"mark": text, "encoding": {"x": {"value": {"expr": "width"}}, "text": {"field": "name"}}}]}
 
-# %% ../nbs/09_page.ipynb #0f79a79b
+# %% ../nbs/09_page.ipynb #7245c175
 def curves(
     rows: list[dict[str, Any]],  # of `curve_row`, with run, kind, colour, tokens of a step, and whether it stays apart
     references: list[dict[str, Any]],  # name, loss, runs, and whether it holds for all of them
@@ -194,7 +194,7 @@ def curves(
     alt = f"Loss curves of {n} run{'s'[: n > 1]}, training and validation, in nats per character."
     return Picture("Validation strong, training faint", spec, alt, limits(together, references))
 
-# %% ../nbs/09_page.ipynb #7210a315
+# %% ../nbs/09_page.ipynb #737d86a6
 def spread(
     means: list[dict[str, Any]],  # run, recipe, mean, from, to, seeds, colour: in the order from the top
     single: list[dict[str, Any]],  # run, recipe, loss, colour
@@ -214,7 +214,7 @@ def spread(
     alt = f"Losses of {len(means)} recipes, from {means[0]['mean']:.4f} to {means[-1]['mean']:.4f}." if means else ""
     return Picture("Each recipe: its seeds, their mean and its standard error", spec, alt)
 
-# %% ../nbs/09_page.ipynb #ac7f0294
+# %% ../nbs/09_page.ipynb #a2d9058d
 def aligned(
     rows: list[list[str]],  # the head first
     words: list[bool],  # by column
@@ -223,7 +223,7 @@ def aligned(
     wide = [max(len(row[i]) for row in rows) for i in range(len(words))]
     return ["  ".join(f"{cell:{'<' if word else '>'}{w}}" for cell, word, w in zip(row, words, wide, strict=True)).rstrip() for row in rows]
 
-# %% ../nbs/09_page.ipynb #2ce82af1
+# %% ../nbs/09_page.ipynb #6d1232ee
 @cache
 def bundle() -> str:
     "The code of Vega, Vega-Lite and Vega-Embed as one script."
@@ -231,7 +231,7 @@ def bundle() -> str:
 
     return vl_convert.javascript_bundle().replace("</script", r"<\/script")  # type: ignore[call-arg]  # its stub says otherwise
 
-# %% ../nbs/09_page.ipynb #d2399491
+# %% ../nbs/09_page.ipynb #228d670c
 def render(**parts: Any) -> str:
     "The page from its parts: `data` for its script, everything else for its frame, static/page.html."
     from jinja2 import Environment

@@ -79,14 +79,14 @@ def importance_text(board: Leaderboard) -> str:
     n = len(board.ranked)
     return f"importance: {n} complete trials, {LEAST} are needed" if n < LEAST else "importance: no setting explains more than chance"
 
-# %% ../nbs/32_report.ipynb #d330d6cb
+# %% ../nbs/32_report.ipynb #32273cbe
 def importance_sentence(board: Leaderboard) -> str:
     "The same as a sentence."
     if found := " and ".join(f"{key} explains {share:.0%}" for key, share in importance(board).items()):
         return f"Alone, {found} of the variation of {board.metric}, judged on trials left out."
     return f"{importance_text(board).capitalize()}."
 
-# %% ../nbs/32_report.ipynb #0717dbcb
+# %% ../nbs/32_report.ipynb #749f3f84
 def settings_text(settings: dict[str, Any]) -> str:
     "Settings in one line, each by the last part of its name."
     return " ".join(f"{k.split('.')[-1]}={v}" for k, v in settings.items())
@@ -107,7 +107,7 @@ def scatter(board: Leaderboard, title: str, rows: list[dict[str, Any]], x: dict[
     best = f"; the best, {rows[0]['run']}, has {rows[0]['loss']:.4f}" if rows else ""
     return Picture(title, {**spec, **more}, f"{board.metric} of {len(rows)} complete trials, {title[0].lower()}{title[1:]}{best}.")
 
-# %% ../nbs/32_report.ipynb #05bb9607
+# %% ../nbs/32_report.ipynb #a05d9b01
 def history(board: Leaderboard, names: dict[int, str] | None = None) -> Picture:
     "The metric trial by trial, and the best so far."
     rows, done = points(board, names), sorted(board.ranked, key=lambda t: t.number)
@@ -126,7 +126,7 @@ def history(board: Leaderboard, names: dict[int, str] | None = None) -> Picture:
     picture.spec = {"height": 190, "layer": [line, dots, *([cross] if lost else [])]}
     return picture
 
-# %% ../nbs/32_report.ipynb #652edb9e
+# %% ../nbs/32_report.ipynb #799df937
 MOST_AXES = 9
 
 
@@ -151,7 +151,7 @@ def parallel(board: Leaderboard, names: dict[int, str] | None = None) -> Picture
     spec = {"height": 260, "layer": [line, label]}
     return Picture("All settings", spec, f"{len(rows)} complete trials as lines through {', '.join(order)}.")
 
-# %% ../nbs/32_report.ipynb #375ef004
+# %% ../nbs/32_report.ipynb #474ed75c
 def each_setting(board: Leaderboard, names: dict[int, str] | None = None) -> list[Picture]:
     "The metric against each setting that was varied, and last against the time a trial took."
     found, rows, pictures = importance(board), points(board, names), []
@@ -178,7 +178,7 @@ def what_matters(board: Leaderboard) -> Picture | None:
             "encoding": {"x": x, "y": y, "tooltip": [{"field": "setting"}, {"field": "share", "format": ".0%"}]}}
     return Picture("What matters", spec, "; ".join(f"{r['setting']} explains {r['share']:.0%}" for r in rows)) if rows else None
 
-# %% ../nbs/32_report.ipynb #7add18ce
+# %% ../nbs/32_report.ipynb #33eddbd1
 def plot_overview(board: Leaderboard) -> Any:
     "The metric trial by trial, and against the time a trial took: a picture that a notebook shows, with `savefig(path)`."
     return beside([history(board), each_setting(board)[-1]])
@@ -193,7 +193,7 @@ def plot_settings(board: Leaderboard) -> Any:
     "The metric against each setting that was varied, at most nine, those that matter first: a picture, as `plot_overview`."
     return beside(each_setting(board)[:-1][:9])
 
-# %% ../nbs/32_report.ipynb #34a5430a
+# %% ../nbs/32_report.ipynb #126eb727
 Cell = tuple[str, float | None] | None  # text, and value for sorting; None: empty
 
 
@@ -223,7 +223,7 @@ def loss_cell(recipe: Recipe) -> Cell:
         return f"{recipe.loss:.4f}" + (f" ± {recipe.error:.4f}" if recipe.error is not None else ""), recipe.loss
     return None if recipe.best.loss is None else (f"({recipe.best.loss:.4f})", recipe.best.loss)
 
-# %% ../nbs/32_report.ipynb #2857bce4
+# %% ../nbs/32_report.ipynb #34359816
 def gap_cell(best: Recipe) -> Callable[[Recipe], Cell]:
     "How much more a recipe loses than the best, on the same titles: over the seeds that both have, or from the means."
     def cell(recipe: Recipe) -> Cell:
@@ -255,7 +255,7 @@ def status_cell(recipe: Recipe) -> Cell:
     words += ["not lossless"] * any(r.lossless is False for r in recipe.runs) + ["damaged files"] * any(r.faults for r in recipe.runs)
     return ", ".join(words), None
 
-# %% ../nbs/32_report.ipynb #1990abc3
+# %% ../nbs/32_report.ipynb #5dcd8f01
 MOST_COLUMNS = 8
 
 
@@ -281,7 +281,7 @@ def setting_columns(runs: list[Run]) -> list[Column]:
     more = Column("further settings", "what differs from most runs in the settings without a column", rest, word=True)
     return [*columns, *([more] if len(keys) > MOST_COLUMNS else [])]
 
-# %% ../nbs/32_report.ipynb #b2f4885c
+# %% ../nbs/32_report.ipynb #fbfb8ae4
 def measure_columns(best: Recipe) -> list[Column]:
     "The columns of what was measured."
     def better(value: float) -> str:
@@ -309,7 +309,7 @@ def all_columns(found: list[Recipe], runs: list[Run]) -> list[Column]:
     several = [titles] if len({r.titles for r in runs if r.loss is not None}) > 1 else []
     return [c for c in [*measure_columns(found[0]), *several, *setting_columns(runs)] if any(c.cell(r) for r in found)]
 
-# %% ../nbs/32_report.ipynb #1d3fb03d
+# %% ../nbs/32_report.ipynb #1b1ba5c4
 def board_row(recipe: Recipe, columns: list[Column], colour: str) -> dict[str, Any]:
     "A row of the leaderboard, with the words that a filter finds it by."
     cells = []
@@ -322,7 +322,7 @@ def board_row(recipe: Recipe, columns: list[Column], colour: str) -> dict[str, A
     return {"name": recipe.name, "runs": json.dumps([r.name for r in recipe.runs]), "colour": colour, "cells": cells,
             "words": " ".join(words).lower()}
 
-# %% ../nbs/32_report.ipynb #3291fa0a
+# %% ../nbs/32_report.ipynb #c16f7c2a
 USUAL = {"hyperparameters_configured", "device_info", "dataset_info", "model_configured", "memory_estimate", "model_info",
          "training_step", "validation_step", "run_finished"}  # events that are the course of training
 
@@ -344,7 +344,7 @@ def memory_facts(run: Run) -> list[tuple[str, str]]:
     facts = [("memory predicted", predicted, f", by {said.get('method')}"), ("memory measured", measured, "")]
     return [(name, f"{value / 1e9:.3f} GB{how}") for name, value, how in facts if value]
 
-# %% ../nbs/32_report.ipynb #227ad537
+# %% ../nbs/32_report.ipynb #4a3317b8
 MEASURES = {
     "val/loss": ("loss", ".4f"), "val/challenge_loss": ("challenge loss", ".4f"), "val/coverage": ("coverage of the challenge loss", ".2%"),
     "val/nats_per_token": ("nats per token", ".4f"), "val/bits_per_byte": ("bits per byte", ".4f"), "val/floor": ("floor", ".4f"),
@@ -352,7 +352,7 @@ MEASURES = {
     "parameters": ("parameters", ",.0f"), "parameters_non_embedding": ("of these not in tables", ",.0f"), "steps": ("steps", ",.0f"),
     "tokens_per_second": ("tokens per second", ",.0f"), "train_seconds": ("seconds of training", ",.1f")}
 
-# %% ../nbs/32_report.ipynb #00991a5f
+# %% ../nbs/32_report.ipynb #40d7d1eb
 def run_facts(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
     "All that is known of a run, by heading."
     measures = [(name, format(found, form)) for key, (name, form) in MEASURES.items() if (found := run.value(key)) is not None]
@@ -364,7 +364,7 @@ def run_facts(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
             ("Titles", [(k, setting_text(v)) for k, v in data.items() if not isinstance(v, dict) and v is not None]),
             ("Machine and versions", [(k, setting_text(v)) for k, v in machine.items() if v is not None]), ("On the way", happened(run))]
 
-# %% ../nbs/32_report.ipynb #317c158f
+# %% ../nbs/32_report.ipynb #e4eba4b7
 def changed(run: Run, bases: dict[Path, dict[str, Any]]) -> tuple[str, list[tuple[str, str, str]]]:
     "In what the run differs from its base, under a heading: from its sweep's base, or from the defaults."
     base = bases.get(run.sweep) if run.sweep else None
@@ -374,7 +374,7 @@ def changed(run: Run, bases: dict[Path, dict[str, Any]]) -> tuple[str, list[tupl
     rows = [(k, setting_text(v), setting_text(there.get(k))) for k, v in run.settings.items() if v != there.get(k)]
     return f"Differs from {'the base of its sweep' if base else 'the defaults'}", rows
 
-# %% ../nbs/32_report.ipynb #f101bb05
+# %% ../nbs/32_report.ipynb #63e0aa03
 def samples_of(run: Run) -> list[str]:
     "The first titles that a run wrote at its end."
     try:
@@ -392,7 +392,7 @@ def run_part(run: Run, index: int, bases: dict[Path, dict[str, Any]], drawn: boo
             "changed_from": heading, "changed": rows, "samples": samples_of(run), "command": again(run),
             "drawn": picture if drawn else None}
 
-# %% ../nbs/32_report.ipynb #5dede119
+# %% ../nbs/32_report.ipynb #80d16447
 def sweep_part(folder: Path, runs: list[Run], id_: str) -> tuple[dict[str, Any], dict[str, Picture]]:
     "What the page says of a sweep, and its pictures."
     board, names = tolerant_board(folder, runs)
@@ -424,7 +424,7 @@ def tolerant_board(folder: Path, runs: list[Run]) -> tuple[Leaderboard, dict[int
                 names[trial.number] = run.name
     return Leaderboard(trials, str(record.get("metric", "val/loss")), str(record.get("goal", "minimize"))), names
 
-# %% ../nbs/32_report.ipynb #240682b0
+# %% ../nbs/32_report.ipynb #1f5acee5
 MOST_RUNS = 200  # with a part of their own, and curves
 BOARD_TEXT = ("One row for each recipe; runs that differ in the seed alone are one. The loss is in nats per character over all tokens and "
               "is what counts; ± is the standard error over seeds. A click on a head sorts, on a name shows its runs alone.")
@@ -436,7 +436,7 @@ def colours_of(found: list[Recipe]) -> dict[str, str]:
     "A colour for each of the best recipes, and one for the rest."
     return {r.name: f"var(--c{i})" if i < 8 else "var(--rest)" for i, r in enumerate(found)}
 
-# %% ../nbs/32_report.ipynb #a792ae47
+# %% ../nbs/32_report.ipynb #127270cd
 def curve_parts(found: list[Recipe], colours: dict[str, str]) -> tuple[Picture | None, dict[str, Any]]:
     "The curves of the runs that have any, and the axis of each run's own picture."
     runs, titles = [(run, colours[r.name]) for r in found for run in r.runs][:MOST_RUNS], found[0].best.titles
@@ -463,7 +463,7 @@ def board_parts(runs: list[Run], found: list[Recipe], colours: dict[str, str]) -
     return {"columns": [first, *columns], "rows": [board_row(r, columns, colours[r.name]) for r in found], "common": common_settings(runs),
             "board_text": BOARD_TEXT}
 
-# %% ../nbs/32_report.ipynb #3598c7b7
+# %% ../nbs/32_report.ipynb #81117947
 def page_of(runs: list[Run], title: str, live: float = 0.0) -> str:
     "The page of some runs; with `live`, it is loaded again after so many seconds."
     found = recipes(runs)
@@ -481,7 +481,7 @@ def page_of(runs: list[Run], title: str, live: float = 0.0) -> str:
                   **board_parts(runs, found, colours), **run_parts([run for r in found for run in r.runs], folders, own),
                   data=as_json({"charts": charts, "limits": own, "live": live}))
 
-# %% ../nbs/32_report.ipynb #6d317256
+# %% ../nbs/32_report.ipynb #d5a54f4d
 def write_html(
     folders: str | Path | Iterable[str | Path],  # runs, sweeps, trials, ledgers, or folders with any of these in them
     out: str | Path | None = None,  # default: report.html in the one run's or sweep's folder, or else here
@@ -496,7 +496,7 @@ def write_html(
         raise InputError(f"{target}: cannot be written ({e.strerror})") from None
     return target
 
-# %% ../nbs/32_report.ipynb #14773744
+# %% ../nbs/32_report.ipynb #bd8d2019
 def listed(folders: str | Path | Iterable[str | Path]) -> list[Path]:
     "One place or several, as a list."
     given = [Path(folders)] if isinstance(folders, str | Path) else [Path(f) for f in folders]
@@ -521,7 +521,7 @@ def page_path(given: list[Path], out: str | Path | None) -> Path:
         raise InputError(f"{target}: there is no folder {target.parent}")
     return target
 
-# %% ../nbs/32_report.ipynb #65a0e0a1
+# %% ../nbs/32_report.ipynb #47f1d8fa
 def leaderboard_text(runs: list[Run], n: int = 20) -> str:
     "What a set of runs is, what does not compare, and its best recipes, as text."
     found = recipes(runs)
@@ -543,7 +543,7 @@ def boards(runs: list[Run]) -> list[Leaderboard]:
     "The leaderboards of the sweeps among some runs, each from the trials that can be read."
     return [tolerant_board(folder, runs)[0] for folder in dict.fromkeys(r.sweep for r in runs if r.sweep)]
 
-# %% ../nbs/32_report.ipynb #2aa7cea1
+# %% ../nbs/32_report.ipynb #1ea243e8
 def make_report(
     folders: str | Path | Iterable[str | Path],  # runs, sweeps, trials, ledgers, or folders with any of these in them
     out: str | Path | None = None,  # default: report.html in the one run's or sweep's folder, or else here
@@ -551,20 +551,20 @@ def make_report(
     "Execute sweeps/report.ipynb on a set of runs, beside the page that it writes: the path of that page. Raises `InputError`, `RunError`."
     import papermill
 
-    given = [p.absolute() for p in listed(folders)]
+    given = listed(folders)
     page = page_path(given, out).absolute()
     find_runs(given)
     source, target = template("report.ipynb"), page.with_suffix(".ipynb")
     if source.resolve() == target.resolve():
         raise InputError(f"{page}: the notebook beside it would replace the template {source}; choose another --out")
-    parameters = {"folders": [str(p) for p in given], "out": str(page)}
+    parameters = {"folders": [str(p.absolute()) for p in given], "out": str(page)}
     try:
         papermill.execute_notebook(str(source), str(target), parameters, kernel_name="python3", progress_bar=False)
     except papermill.PapermillExecutionError as e:
         raise (InputError if e.ename == "InputError" else RunError)(f"{page}: {e.evalue}") from None
     return page
 
-# %% ../nbs/32_report.ipynb #6960ff11
+# %% ../nbs/32_report.ipynb #1ed3792b
 def written(folders: list[Path]) -> list[tuple[str, int, int]]:
     "What the files of a set of runs look like from outside: it changes when one of them does."
     found = []
@@ -576,7 +576,7 @@ def written(folders: list[Path]) -> list[tuple[str, int, int]]:
                 found.append((str(path), path.stat().st_mtime_ns, path.stat().st_size))
     return sorted(found)
 
-# %% ../nbs/32_report.ipynb #13c48d0f
+# %% ../nbs/32_report.ipynb #fc7159b9
 def watch(
     folders: str | Path | Iterable[str | Path],
     out: str | Path | None = None,
