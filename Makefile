@@ -27,7 +27,7 @@ $(VENV)/.dev: $(VENV)/.runtime
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# What only a part of the package needs: ray, trackio, plotly and transformers. Their tests skip where they are missing.
+# What only a part of the package needs: ray, trackio and transformers. Their tests skip where they are missing.
 $(VENV)/.all: $(VENV)/.dev
 	@echo "Installing every extra into $(VENV) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all]'

@@ -26,7 +26,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["mainrun_nb", "mainrun_nb.*"]),
-    package_data={"mainrun_nb": ["py.typed"]},
+    package_data={"mainrun_nb": ["py.typed", "static/*"]},
     install_requires=lines("requirements"),
     extras_require=extras,
     entry_points={"console_scripts": lines("console_scripts"), "nbdev": ["mainrun_nb = mainrun_nb._modidx:d"]},

@@ -289,14 +289,25 @@ def sweep_cli(
         print(f"best trial written to {promote_best(out, promote)}")
 
 # %% ../nbs/34_cli.ipynb #a2035b21
-@command("folder")
+@command()
 def report_cli(
-    folder: str,  # of a sweep or a run
+    *folders: str,  # runs, sweeps, trials, ledgers (results.csv), or folders with any of these in them
+    out: str | None = None,  # the page; default: report.html in the one run's or sweep's folder, or else here
+    diff: bool = False,  # print what differs between two runs, and write nothing
+    watch: bool = False,  # write the page anew while runs go on; Ctrl-C ends it
 ):
-    "Write report.html for a sweep or a run"
+    "Write one page about any set of runs, as mainrun-report runs/a runs/sweep sweeps/results.csv --out page.html"
+    from mainrun_nb.compare import diff_text, find_runs
     from mainrun_nb.report import make_report
+    from mainrun_nb.report import watch as watch_runs
 
-    print(make_report(folder))
+    if diff:
+        runs = find_runs(folders)
+        if len(runs) != 2:
+            raise InputError(f"--diff: needs the folders of two runs, found {len(runs)} in {', '.join(folders) or 'none given'}")
+        print(diff_text(*runs))
+    else:
+        print(watch_runs(folders, out, told=lambda page: print(page, flush=True)) if watch else make_report(folders, out))
 
 # %% ../nbs/34_cli.ipynb #2b1912ab
 @command()

@@ -1,6 +1,6 @@
 """Every notebook runs from the first cell to the last: on synthetic titles always, its slow cells on request.
 
-A cell that needs an optional package begins with the package's name as a directive (`#| plotly`), and is left out where that is missing.
+A cell that needs an optional package begins with the package's name as a directive (`#| ray`), and is left out where that is missing.
 """
 import contextlib
 import io
@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-OPTIONAL = ["ray", "trackio", "plotly", "transformers"]
+OPTIONAL = ["ray", "trackio", "transformers"]
 MISSING = [name for name in OPTIONAL if find_spec(name) is None]
 # One fresh process per notebook, forked from a server that has imported torch but computed nothing: isolated and quick.
 PROCESSES = multiprocessing.get_context("forkserver")

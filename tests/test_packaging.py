@@ -60,7 +60,8 @@ def test_the_wheel_carries_the_package_and_nothing_else(wheel, settings):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {n.split("/")[0] for n in names}
     assert tops == {"mainrun_nb", f"mainrun_nb-{settings['version']}.dist-info"}
-    assert "mainrun_nb/py.typed" in names and any(n.endswith("licenses/LICENSE") for n in names)
+    assert {"mainrun_nb/py.typed", *(f"mainrun_nb/static/page.{kind}" for kind in ("html", "css", "js"))} <= set(names)
+    assert any(n.endswith("licenses/LICENSE") for n in names)
     modules = {f"mainrun_nb/{p.name}" for p in (ROOT / "mainrun_nb").glob("*.py")}
     assert modules <= set(names)
 
@@ -71,7 +72,7 @@ def test_the_wheels_metadata_is_that_of_settings_ini(wheel, settings):
     meta = HeaderParser().parsestr(archive.read(name).decode())
     assert (meta["Name"], meta["Version"]) == (settings["lib_name"], settings["version"])
     assert meta["License-Expression"] == settings["license"] and meta["Requires-Python"] == f">={settings['min_python']}"
-    assert {"ray", "trackio", "plotly", "bench", "dev", "all"} <= set(meta.get_all("Provides-Extra"))
+    assert {"ray", "trackio", "bench", "dev", "all"} <= set(meta.get_all("Provides-Extra"))
     required = [r for r in meta.get_all("Requires-Dist") if "extra" not in r]
     assert len(required) == len([line for line in settings["requirements"].splitlines() if line.strip()])
     assert meta.get_payload().startswith("# mainrun_nb")

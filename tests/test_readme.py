@@ -17,7 +17,6 @@ ELSEWHERE = {
     "make test": "this is it",
     "make lab": "tests/test_lab.py opens it in a browser",
     "make quickstart": "has a test of its own below",
-    'pip install -c constraints.txt -e ".[plotly]"': "an extra: .ci/run installs every one",
 }
 
 
@@ -95,7 +94,6 @@ def run(command: list[str], checkout: Path) -> subprocess.CompletedProcess:
 def test_the_commands_run_as_they_stand(checkout):
     from mainrun_nb.synthetic import sample_titles
 
-    pytest.importorskip("plotly", reason="one of the commands makes a report: make .venv/.all")
     with gzip.open(checkout / "titles.txt.gz", "wt", encoding="utf-8") as f:
         f.write("\n".join(dict.fromkeys(sample_titles(4000, seed=1))))
     done = run(["bash", "-euxc", "\n".join(runnable())], checkout)

@@ -18,7 +18,7 @@ def readme(notebook: Path) -> str:
     if resources["outputs"]:
         raise SystemExit(f"{notebook.name}: link a committed picture; an embedded one cannot stand in README.md")
     text = text.replace("](../", "](").replace("](images/", "](nbs/images/")
-    text = re.sub(r"\]\((\d\d_\w+\.ipynb)", r"](nbs/\1", text)
+    text = re.sub(r"\]\((\d\d\w?_\w+\.ipynb)", r"](nbs/\1", text)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
