@@ -278,6 +278,9 @@ class TrackingConfig:
     project: str = "mainrun_nb"
     entity: str | None = None
     mode: str = one_of("auto", "online", "offline")  # auto: online if a key is there
+    name: str | None = None  # of the run; null: that of its folder
+    group: str | None = None  # under which dashboards show it; null: none, and for the trials of a sweep its folder's name
+    tags: list[str] = field(default_factory=list)  # words to find it by
 
 # %% ../nbs/00_config.ipynb #5cf6f67e
 @dataclass
