@@ -376,7 +376,7 @@ def with_transformers(folder: Path) -> None:
 
 
 NEEDS: dict[str, Callable[[Path], object]] = {
-    "ray": lambda folder: our("sweep", "RayEngine")(1),
+    "ray": lambda folder: our("trials", "RayEngine")(1),
     "trackio": with_trackio,
     "plotly": lambda folder: our("sweep", "make_report")(folder),
     "transformers": with_transformers,
