@@ -166,7 +166,7 @@ def sweep_cli(
     *overrides: str,  # settings for all trials
     config: str | None = None,  # base configuration (required)
     out: str | None = None,  # sweep folder (required)
-    trials: int = 0,  # how many; default: the whole grid, or 20
+    trials: int = 0,  # how many; default: run_cap, or else the whole grid, or 20
     jobs: int = 1,  # trials at once
     engine: str = "local",  # local, ray or wandb
     address: str | None = None,  # of a Ray cluster
@@ -182,7 +182,8 @@ def sweep_cli(
     from mainrun_nb.sweep import run_sweep
 
     config, out = needed(config=config, out=out)
-    board = run_sweep(search, config, out, trials or None, jobs, engine, fast, resume, overrides, seed, address, retry=retry, failures=failures)
+    board = run_sweep(search, config, out, trials or None, jobs, engine, fast, resume, overrides, seed, address,
+                      retry=retry, failures=failures)
     print(board.table())
     if promote:
         print(f"best trial written to {promote_best(out, promote)}")

@@ -7,7 +7,7 @@ __all__ = ['NAMES', 'TINY', 'InputError', 'RunError', 'did_you_mean', 'first_lin
            'optional_positive', 'pair', 'register_name', 'known_names', 'check_name', 'one_of', 'named', 'Hyperparams',
            'GPTConfig', 'UnetGPTConfig', 'CausalAttnConfig', 'SparseAttnConfig', 'SparseKAttnConfig', 'DataConfig',
            'TokenizerConfig', 'TrackingConfig', 'ModelConfigs', 'AttnConfigs', 'Config', 'register_section',
-           'read_yaml', 'check_values', 'load_config', 'save_config', 'flatten', 'tiny']
+           'read_yaml', 'check_values', 'Setting', 'load_config', 'save_config', 'flatten', 'tiny']
 
 # %% ../nbs/00_config.ipynb #eaba2fcd
 import difflib
@@ -15,6 +15,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_type_hints
@@ -370,9 +371,9 @@ def _merge(conf: DictConfig, node: dict, where: str, path: str = "") -> None:
         if isinstance(value, dict):
             _merge(conf[name], value, where, f"{key}.")
             continue
-        wanted = _type_of(conf, name)
+        wanted, parts = _type_of(conf, name), value if isinstance(value, list) else [value]
         try:
-            if isinstance(value, bool) != (wanted is bool) and isinstance(value, int | float):
+            if any(isinstance(part, bool) != (wanted is bool) and isinstance(part, int | float) for part in parts):
                 raise ValidationError
             OmegaConf.update(conf, name, value, merge=False)
         except OverflowError:  # a whole number too large for a float
@@ -426,18 +427,52 @@ def check_number(value: Any, key: str, rules: Any) -> None:
         raise InputError(f"{key}: must be {rules['words']}, found {shown(value)}") from None
 
 # %% ../nbs/00_config.ipynb #a4b5de23
+def _ruled(value: Any, key: str, rules: Any) -> Any:
+    "A value that keeps its field's rule; a name in its own case. Raises `InputError`."
+    if "names" in rules:
+        known = rules["names"]()
+        return [check_name(v, known, key) for v in value] if isinstance(value, list) else check_name(value, known, key)
+    if "check" in rules or isinstance(value, float):
+        check_number(value, key, rules)
+    return value
+
+
 def check_values(section: Any, path: str = "") -> None:
     "Raise `InputError` for the first value that breaks its field's rule, in `section` and all below it; names get their own case."
     for f in fields(section):
         value, key = getattr(section, f.name), f"{path}{f.name}"
         if is_dataclass(value):
             check_values(value, f"{key}.")
-        elif "names" in f.metadata:
-            known = f.metadata["names"]()
-            own = [check_name(v, known, key) for v in value] if isinstance(value, list) else check_name(value, known, key)
+        elif (own := _ruled(value, key, f.metadata)) != value:
             setattr(section, f.name, own)
-        elif "check" in f.metadata or isinstance(value, float):
-            check_number(value, key, f.metadata)
+
+# %% ../nbs/00_config.ipynb #ff6461d6
+_structured = cache(OmegaConf.structured)  # each section once: it takes milliseconds
+
+
+class Setting:
+    "One setting of the schema: its type, its rule, and what it makes of a value."
+
+    def __init__(self, key: str) -> None:
+        path, _, self.name = key.rpartition(".")
+        owner: Any = Config
+        for part in path.split("."):
+            owner = _GROUPS.get(part) or {f.name: f.default_factory for f in fields(owner)}[part]
+        self.key, self.path, self.section = key, f"{path}.", _structured(owner)
+        self.type = _type_of(self.section, self.name)
+        self.rules = next(f.metadata for f in fields(owner) if f.name == self.name)
+
+    def held(self, value: Any, where: str = "") -> Any:
+        "What a configuration holds that is told `value`, which was found in `where`. Raises `InputError`."
+        where = where or self.key
+        if int in (self.type, *get_args(self.type)):
+            parts = [int(v) if isinstance(v, float) and v.is_integer() else v for v in (value if isinstance(value, list) else [value])]
+            value = parts if isinstance(value, list) else parts[0]
+        _merge(self.section, _check_names({self.name: value}, self.section, where, self.path), where, self.path)
+        if OmegaConf.is_interpolation(self.section, self.name):
+            return value  # it is looked up when the configuration is read
+        found = self.section[self.name]
+        return _ruled(list(found) if OmegaConf.is_list(found) else found, where, self.rules)
 
 # %% ../nbs/00_config.ipynb #30244846
 def load_config(

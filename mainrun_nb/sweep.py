@@ -7,7 +7,6 @@ __all__ = ['examine', 'Sweep', 'run_sweep', 'promote']
 
 # %% ../nbs/31_sweep.ipynb #638b98ab
 import json
-import math
 import os
 import signal
 import sys
@@ -26,12 +25,12 @@ from tqdm.auto import tqdm
 
 from . import moved
 from .checkpoint import atomic_write, differences, run_lock
-from .config import Config, InputError, RunError, TrackingConfig, did_you_mean, flatten, load_config, save_config
+from .config import Config, InputError, RunError, Setting, TrackingConfig, did_you_mean, flatten, load_config, save_config
 from .data import load_titles
 from .memory import MemoryBudgetError, check_budget, check_build
 from .runtime import Interrupted, in_log_file, noted_signals, pick_device
-from .search import Chooser, Search, read_search
-from .search import Dimension, grid_points, optuna_history, random_point  # noqa: F401  scripts import them from here
+from .search import Chooser, Search, for_wandb, grid_points, read_search
+from .search import Dimension, optuna_history, random_point  # noqa: F401  scripts import them from here
 from .tracking import has_key, wandb_mode
 from .trials import ENGINES, FINAL, EvaluationLog, Leaderboard, LocalEngine, Trial, disk_was_full, override, read_board
 from .trials import evaluations, watch_trial  # noqa: F401  likewise
@@ -126,6 +125,7 @@ class Sweep:
         self.tracking, self.signals = tracking or TrackingConfig(), []  # type: tuple[TrackingConfig, list[int]]
         self.trials = {t.number: t for t in read_trials(out_dir)}
         self.futures: dict[int, Any] = {}
+        self.at_target: Trial | None = None  # the first that has reached the search's target, if it has one
         self.logs: dict[int, EvaluationLog] = {}
         self.ended, self.best, self.free_number, self.due = Counter[str](), None, 0, 0.0  # type: Counter[str], Trial | None, int, float
         for t in self.trials.values():
@@ -134,7 +134,9 @@ class Sweep:
         self.waiting = [n for n, t in sorted(self.trials.items(), reverse=True) if t.status not in FINAL]
 
     def count(self, trial: Trial) -> None:
-        "Take an ended trial into account."
+        "Take a trial, its evaluations or its end, into account."
+        if any(map(self.search.reached, [trial.value, *trial.evaluations[1:]])):
+            self.at_target = self.at_target or trial
         if trial.status in FINAL:
             self.ended[trial.status] += 1
             self.best = Leaderboard([trial, *([self.best] if self.best else [])], self.search.metric, self.search.goal).best
@@ -156,7 +158,7 @@ class Sweep:
             return self.trials[self.waiting.pop()]
         while self.free_number in self.trials:
             self.free_number += 1
-        point = self.chooser.point(self.free_number) if len(self.trials) < self.wanted else None
+        point = self.chooser.point(self.free_number) if len(self.trials) < self.wanted and not self.at_target else None
         if point is None:
             return None
         trial = self.trials[self.free_number] = Trial(self.free_number, point)
@@ -186,6 +188,7 @@ class Sweep:
             trial.evaluations.append(value)
             trial.value, last = value, ended and len(trial.evaluations) == len(values)
             trial.behind = self.chooser.behind(trial) and not last
+            self.count(trial)
             if trial.behind:
                 (trial.folder(self.out_dir) / "stop").touch()
             trial.save(self.out_dir)
@@ -253,6 +256,9 @@ class Sweep:
                     time.sleep(0.1)
             finally:
                 self.interrupt()
+        if self.at_target:
+            what = f"trial {self.at_target.number} has reached the target of {self.search.target}; no more were started"
+            warnings.warn(f"{self.out_dir}: {what}", stacklevel=2)
         if self.signals:
             raise Interrupted(f"{self.out_dir}: stopped by {signal.Signals(self.signals[0]).name}; --resume goes on", self.signals[0])
 
@@ -385,7 +391,7 @@ def undo(out: Path, retry: str | None) -> None:
 def most_trials(search: Search, trials: int | None) -> int:
     "How many trials the sweep may have; no limit for a whole grid, which ends by itself, however many trials it had before it grew."
     wanted = search.wanted(trials)
-    whole = search.method == "grid" and wanted == math.prod(len(d.values) for d in search.dimensions)
+    whole = search.method == "grid" and wanted == grid_points(search).size
     return sys.maxsize if whole else wanted
 
 # %% ../nbs/31_sweep.ipynb #8b86daac
@@ -401,7 +407,7 @@ def run_sweep(
     search: str | Path,  # a W&B sweep file
     base: str | Path,  # the configuration that it varies
     out_dir: str | Path,  # the sweep's folder
-    trials: int | None = None,  # how many; none: the whole grid, or 20 (engine wandb: until W&B has no more)
+    trials: int | None = None,  # how many; none: run_cap, or else the whole grid, or 20 (engine wandb: until W&B has no more)
     jobs: int = 1,  # trials at once
     engine: str = "local",  # local, ray or wandb
     fast: bool = False,  # without notebooks
@@ -482,16 +488,17 @@ class WandbSweep(Sweep):
 
     def __init__(self, search: Search, out_dir: Path, engine: Any, fast: bool) -> None:
         self.tracked: Any = None  # the W&B run of the trial that is running
-        super().__init__(search, out_dir, sys.maxsize, 1, engine, fast, self)
+        super().__init__(replace(search, target=None), out_dir, sys.maxsize, 1, engine, fast, self)
 
     def point(self, number: int) -> dict[str, Any]:
         "The point that W&B has chosen."
         chosen = dict(_flat_config(dict(self.tracked.config)))
-        return {d.key: chosen[d.key] for d in self.search.dimensions}
+        return {d.key: Setting(d.key).held(chosen[d.key]) for d in self.search.dimensions}
 
     def behind(self, trial: Trial) -> bool:
-        "Tell W&B of an evaluation; it has its own way to stop a trial."
-        self.tracked.log({self.search.metric: trial.value})
+        "Tell W&B of an evaluation that counts, which the one after the first step does not; it has its own way to stop a trial."
+        if len(trial.evaluations) > 1:
+            self.tracked.log({self.search.metric: trial.value})
         return False
 
     def tell(self, trial: Trial) -> None:
@@ -522,8 +529,8 @@ def run_wandb_sweep(search: Search, cfg: Config, out: Path, trials: int | None, 
         raise InputError("engine wandb: needs a key; set WANDB_API_KEY (or put it into .env), or use --engine local")
     import wandb
 
-    at: Any = {"entity": cfg.tracking.entity, "project": cfg.tracking.project}
-    asked = {**search.raw, "method": search.method, "metric": {"name": search.metric, "goal": search.goal}}
+    at: Any = {name: search.raw.get(name) or getattr(cfg.tracking, name) for name in ("entity", "project")}
+    asked = for_wandb(search, trials)
     silent = replace(cfg, tracking=replace(cfg.tracking, backends=[]))
     with claimed(out, record_of(search, cfg), silent, resume=False), closing(LocalEngine(1)) as engine:
         sweep = WandbSweep(search, out, engine, fast)

@@ -162,7 +162,7 @@ def test_whole_steps_stay_whole(tmp_path):
 @pytest.mark.parametrize("text, says", [
     ("parameters: {hyperparams.lrate: {value: 1}}", "Did you mean 'hyperparams.lr'"),
     ("metod: grid", "Did you mean 'method'"),
-    ("parameters: {hyperparams.lr: 0.1}", "expected value, values or min and max"),
+    ("parameters: {hyperparams.lr: 0.1}", "expected value, values, min and max, or a distribution"),
     ("parameters: {hyperparams.lr: {values: []}}", "at least one value"),
     ("parameters: {hyperparams.lr: {values: [1, 2], probabilities: [0.5, 0.6]}}", "add up to 1"),
     ("parameters: {hyperparams.lr: {values: [1, 2], probabilities: [a, b]}}", "add up to 1"),
@@ -170,29 +170,29 @@ def test_whole_steps_stay_whole(tmp_path):
     ("parameters: {hyperparams.lr: {values: [1, 2], probabilites: [0.5, 0.5]}}", "Did you mean 'probabilities'"),
     ("parameters: {hyperparams.lr: {value: 1, valeus: 2}}", "unknown key 'valeus'"),
     ("parameters: {hyperparams.lr: {min: 1, max: 2, step: 1}}", "unknown key 'step'"),
-    ("method: bayes\nparameters: {hyperparams.lr: {values: [1, 2], probabilities: [0.5, 0.5]}}", "probabilities of hyperparams.lr"),
-    ("early_terminate: {type: hyperband, min_iter: 10, max_iter: 5}\nparameters: {hyperparams.lr: {values: [1, 2]}}", "from 10 on"),
+    ("method: bayes\nparameters: {hyperparams.lr: {values: [1, 2], probabilities: [0.5, 0.5]}}", "does not look at probabilities"),
+    ("early_terminate: {type: hyperband, min_iter: 10, max_iter: 5}\nparameters: {hyperparams.lr: {value: 1}}", "no evaluation to look at"),
     ("parameters: {hyperparams.lr: {values: [1, 2], probabilities: [1.5, -0.5]}}", "add up to 1"),
     ("parameters: {hyperparams.lr: {min: 1.0}}", "'max'"),
-    ("parameters: {hyperparams.lr: {min: [1], max: 2}}", "numbers that make sense"),
-    ("parameters: {hyperparams.lr: {min: 0, max: .inf}}", "numbers that make sense"),
-    ("parameters: {hyperparams.epochs: {distribution: int_uniform, min: 1.5, max: 3}}", "numbers that make sense"),
-    ("parameters: {hyperparams.batch_size: {distribution: log_uniform, min: 16, max: 2048}}", "log_uniform_values takes values"),
-    ("parameters: {hyperparams.lr: {distribution: q_uniform, min: 0, max: 1, q: 0}}", "numbers that make sense"),
-    ("parameters: {hyperparams.lr: {distribution: categorical, min: 1, max: 2}}", "'categorical' is none that fits here"),
-    ("parameters: {hyperparams.lr: {distribution: normal, values: [1, 2]}}", "'normal' is none that fits here"),
+    ("parameters: {hyperparams.lr: {min: [1], max: 2}}", "min: expected a number, found [1]"),
+    ("parameters: {hyperparams.lr: {min: 0, max: .inf}}", "max: expected a number, found inf"),
+    ("parameters: {hyperparams.epochs: {distribution: int_uniform, min: 1.5, max: 3}}", "min: expected a whole number, found 1.5"),
+    ("parameters: {hyperparams.batch_size: {distribution: log_uniform, min: 16, max: 2048}}", "q_log_uniform_values would not"),
+    ("parameters: {hyperparams.lr: {distribution: q_uniform, min: 0, max: 1, q: 0}}", "q: expected a number above 0, found 0"),
+    ("parameters: {hyperparams.lr: {distribution: categorical, min: 1, max: 2}}", "'min' does not go with categorical"),
+    ("parameters: {hyperparams.lr: {distribution: normal, values: [1, 2]}}", "'values' does not go with normal"),
     ("parameters: [hyperparams.lr]", "parameters: expected a mapping"),
     ("metric: val/loss\nparameters: {hyperparams.lr: {value: 1}}", "metric: expected a mapping, found 'val/loss'"),
     ("metric: {nmae: val/loss}\nparameters: {hyperparams.lr: {value: 1}}", "Did you mean 'name'"),
     ("early_terminate: hyperband\nparameters: {hyperparams.lr: {value: 1}}", "early_terminate: expected a mapping"),
-    ("early_terminate: {type: hyperband, eta: 1}\nparameters: {hyperparams.lr: {value: 1}}", "eta: expected a whole number from 2 on"),
+    ("early_terminate: {type: hyperband, eta: 1}\nparameters: {hyperparams.lr: {value: 1}}", "eta: expected a number above 1"),
     ("early_terminate: {type: hyperband, min_iter: 0}\nparameters: {hyperparams.lr: {value: 1}}", "min_iter: expected a whole"),
     ("early_terminate: {type: median, min_iter: '3'}\nparameters: {hyperparams.lr: {value: 1}}", "found '3'"),
-    ("parameters: {hyperparams.lr: {distribution: log_uniform_values, min: 0, max: 1}}", "numbers that make sense"),
+    ("parameters: {hyperparams.lr: {distribution: log_uniform_values, min: 0, max: 1}}", "min: expected a number above 0, found 0"),
     ("metric: {name: loss}\nparameters: {hyperparams.lr: {value: 1}}", "val/loss"),
     ("early_terminate: {type: hyperban}\nparameters: {hyperparams.lr: {value: 1}}", "hyperband, median"),
     ("early_terminate: {type: hyperband, miniter: 3}\nparameters: {hyperparams.lr: {value: 1}}", "Did you mean 'min_iter'"),
-    ("method: grid", "at least one"),
+    ("method: grid", "needs 'parameters'"), ("parameters: {}", "at least one"),
     ("- a list", "search.yaml"),
     ("a: [", "search.yaml"),
 ])  # fmt: skip
@@ -238,7 +238,9 @@ parameters:
     assert "1 complete, 2 failed, 6 invalid, 3 skipped" in board.table()
 
 
-@pytest.mark.parametrize("early", ["{type: median, min_iter: 1}", "{type: hyperband, min_iter: 1, max_iter: 9, eta: 3}"])
+@pytest.mark.parametrize("early", [
+    "{type: median, min_iter: 1}", "{type: hyperband, min_iter: 1, max_iter: 9, eta: 3}", "{type: hyperband, max_iter: 4, s: 2, eta: 2.0}",
+])  # fmt: skip
 def test_who_is_behind_is_pruned(tmp_path, base, pretend, monkeypatch, early):
     monkeypatch.setattr(Pretend, "pause", 0.25)
     good = [0.031, 0.029, 0.032, 0.028, 0.033, 0.027, 0.034, 0.026]
@@ -290,6 +292,27 @@ def test_a_sweep_without_a_complete_trial_has_failed(tmp_path, base, pretend):
 def test_titles_that_the_search_chooses_are_a_matter_of_the_trial(tmp_path, base, pretend):
     search = search_of(tmp_path, "method: grid\nparameters: {data.source: {values: [synthetic, /nowhere/titles.txt]}}")
     assert len(pretend(search, base, tmp_path / "out", overrides=["data.source=/nowhere/titles.txt"]).trials) == 2
+
+
+def test_a_search_ends_at_its_target(tmp_path, base, pretend):
+    """Trials 0 to 2 lie at distances of 0.029, 0.02 and 0 from the best learning rate, and one evaluation short of a fifth."""
+    search, out = search_of(tmp_path, f"method: grid\nmetric: {{target: 0.215}}\n{LRS}"), tmp_path / "out"
+    with pytest.warns(UserWarning, match="trial 2 has reached the target of 0.215; no more were started"):
+        board = pretend(search, base, out)
+    assert [t.params["hyperparams.lr"] for t in board.trials] == [0.001, 0.01, 0.03] and board.counts == {"complete": 3}
+    with pytest.warns(UserWarning, match="trial 2"):
+        assert len(pretend(search, base, out, resume=True).trials) == 3
+
+
+def test_run_cap_bounds_a_sweep(tmp_path, base, pretend):
+    search = search_of(tmp_path, f"method: grid\nrun_cap: 2\n{LRS}")
+    assert len(pretend(search, base, tmp_path / "capped").trials) == 2
+    assert len(pretend(search, base, tmp_path / "asked", trials=3).trials) == 3
+
+
+def test_a_grid_of_fifty_million_points_starts_at_once(tmp_path, base, pretend):
+    search = search_of(tmp_path, "method: grid\nparameters: {hyperparams.seed: {min: 0, max: 50000000}}")
+    assert [t.params["hyperparams.seed"] for t in pretend(search, base, tmp_path / "out", trials=2).trials] == [0, 1]
 
 
 def test_a_log_is_not_filled_with_bars(tmp_path, base, pretend, monkeypatch, capsys):
@@ -499,7 +522,7 @@ class FakeWandb(SimpleNamespace):
         super().__init__(asked=None, logged=[], points=points, stop=None)
 
     def sweep(self, sweep, entity=None, project=None):
-        self.asked = sweep
+        self.asked, self.project = sweep, project
         return "id"
 
     def agent(self, sweep_id, function=None, entity=None, project=None, count=None):
@@ -535,6 +558,15 @@ def wandb_sweep(tmp_path, base, monkeypatch):
     return sweep
 
 
+def test_a_whole_number_of_wandbs_is_one(wandb_sweep):
+    """Its server draws 16.0 where `q` is 8.0, and looks at the target; the file's run_cap gives way to the trials that were asked for."""
+    text = ("run_cap: 7\nproject: theirs\nmetric: {target: 99}\n"
+            "parameters: {hyperparams.batch_size: {distribution: q_uniform, min: 8, max: 16, q: 8.0}}")  # fmt: skip
+    fake = FakeWandb([{"hyperparams.batch_size": 16.0}, {"hyperparams.batch_size": 8}])
+    assert [t.params for t in wandb_sweep(fake, text).trials] == [{"hyperparams.batch_size": 16}, {"hyperparams.batch_size": 8}]
+    assert fake.asked["run_cap"] == 2 and fake.project == "theirs"
+
+
 POINTS = [{"hyperparams.lr": 0.01}, {"hyperparams": {"lr": 0.02, "unasked": 1}}]  # dotted as in the file, and nested
 
 
@@ -543,7 +575,7 @@ def test_wandb_engine_with_a_stub(wandb_sweep):
     board = wandb_sweep(fake)
     assert [(t.status, t.params) for t in board.trials] == [("complete", {"hyperparams.lr": 0.01}), ("complete", {"hyperparams.lr": 0.02})]
     assert fake.asked["method"] == "random" and fake.asked["metric"] == {"name": "val/loss", "goal": "minimize"}
-    assert sum("val/coverage" in n for n in fake.logged) == 2 and len(fake.logged) == 2 * (Pretend.rows + 1)
+    assert sum("val/coverage" in n for n in fake.logged) == 2 and len(fake.logged) == 2 * Pretend.rows
 
 
 @pytest.mark.parametrize("stop, ends", [
@@ -556,7 +588,7 @@ def test_a_wandb_trial_that_is_thrown_out_has_ended(wandb_sweep, monkeypatch, st
     fake.stop = stop
     board = wandb_sweep(fake)
     assert [(t.status, t.error) for t in board.trials] == [ends, ("complete", "")]
-    assert board.trials[0].value == board.trials[0].evaluations[-1] and len(board.trials[0].evaluations) == 1
+    assert board.trials[0].value == board.trials[0].evaluations[-1] and len(board.trials[0].evaluations) == 2
 
 
 def test_a_wandb_trial_stopped_by_hand_or_without_the_metric_has_failed(tmp_path, wandb_sweep, monkeypatch):
