@@ -155,6 +155,8 @@ def is_behind(
     sign = 1 if goal == "minimize" else -1
     counted = lambda values: [sign * v if math.isfinite(v) else math.inf for v in values[1:]]  # noqa: E731
     mine, past = counted(own), [(complete, counted(values)) for complete, values in others]
+    if not mine:
+        return False
     if early["type"] == "median":
         at = len(mine)
         theirs = [values[at - 1] for complete, values in past if complete and len(values) >= at]

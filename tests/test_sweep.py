@@ -689,3 +689,79 @@ def test_every_value_of_a_shipped_search_can_run(name, monkeypatch):
         assert found == ("running", ""), (point, found)
 
 
+
+
+# --- amended, retried, stopped ---
+
+
+def test_a_failed_trial_runs_again_when_asked_or_when_its_folder_is_removed(tmp_path, base, pretend, monkeypatch):
+    """Also in a Bayesian sweep, whose history is the trials that there are."""
+    for method, early in (("grid", ""), ("bayes", "early_terminate: {type: median, min_iter: 1}")):
+        search, out = search_of(tmp_path, f"method: {method}\n{early}\n{LRS}"), tmp_path / method
+        before = pretend(search, base, out)
+        failed = [t for t in before.trials if t.status == "failed"]
+        assert len(before.trials) == 6 and len(failed) == 2
+        with monkeypatch.context() as m:
+            m.setattr(Pretend, "trial", lambda *a: {"status": "complete", "error": "", "seconds": 1.0} if wrote(a[1]) else None)
+            subprocess.run(["rm", "-r", failed[0].folder(out)], check=True)
+            removed = pretend(search, base, out, resume=True)
+            assert removed.trials[failed[0].number].status == "complete" and removed.counts["failed"] == 1
+            again = pretend(search, base, out, resume=True, retry="failed")
+            assert again.counts == {"complete": 6} and again.trials[failed[1].number].params == failed[1].params
+    with pytest.raises(InputError, match="Did you mean 'failed'"):
+        pretend(search, base, out, resume=True, retry="faild")
+    with pytest.raises(InputError, match="goes with --resume"):
+        pretend(search, base, tmp_path / "new", retry="failed")
+
+
+def wrote(folder) -> bool:
+    (folder / "run").mkdir(exist_ok=True)
+    (folder / "run" / "result.json").write_text('{"val/loss": 1.0}')
+    return True
+
+
+def test_the_first_trials_all_failed(tmp_path, base, pretend):
+    search = search_of(tmp_path, "method: grid\nparameters: {hyperparams.lr: {values: [0.3, 1.0, 0.01]}}")
+    with pytest.raises(RunError, match="all of the first 2 trials failed; trial 0: OSError: a bug in two lines; --resume --retry failed"):
+        pretend(search, base, tmp_path / "out", failures=2)
+    assert len(read_trials(tmp_path / "out")) == 2
+    assert pretend(search, base, tmp_path / "out", resume=True, failures=0).counts == {"complete": 1, "failed": 2}
+
+
+def test_a_full_disk_is_no_end(tmp_path, base, pretend, monkeypatch):
+    search, full = search_of(tmp_path, f"method: grid\n{LRS}"), "run/metrics.jsonl: No space left on device"
+    with monkeypatch.context() as m, pytest.raises(RunError, match="No space left on device; make room, and --resume goes on"):
+        m.setattr(Pretend, "trial", lambda *a: {"status": "failed", "error": full, "seconds": 1.0})
+        pretend(search, base, tmp_path / "out", trials=2)
+    assert [t.status for t in read_trials(tmp_path / "out")] == ["running"]
+    old = read_trials(tmp_path / "out")[0]  # as an earlier version left it
+    old.status, old.error = "failed", full
+    old.save(tmp_path / "out")
+    assert pretend(search, base, tmp_path / "out", trials=2, resume=True).counts == {"complete": 2}
+    with monkeypatch.context() as m, pytest.raises(RunError, match="No space left on device; --resume goes on$"):
+        m.setattr(sw, "save_config", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device", "base.yaml")))
+        pretend(search, base, tmp_path / "new", trials=2)
+
+
+def test_a_sweep_grows_and_its_copies_do_not_count(tmp_path, base, pretend):
+    out = tmp_path / "a?x=1%{b}"
+    assert len(pretend(search_of(tmp_path, "method: grid\n" + LRS.replace("0.3, 1.0", "0.02")), base, out).trials) == 5
+    subprocess.run(["cp", "-r", out / "trial-0001", out / "trial-0001 copy"], check=True)
+    grown = "method: grid\ndescription: more\n" + LRS.replace("[1.0e-3, 1.0e-2, 3.0e-2, 0.1, 0.3, 1.0]", "[0.5, 0.02, 0.1, 3.0e-2, 1.0e-2, 1.0e-3]")
+    board = pretend(search_of(tmp_path, grown), base, out, resume=True)
+    assert [t.params["hyperparams.lr"] for t in board.trials] == [1e-3, 1e-2, 3e-2, 0.1, 0.02, 0.5]
+    with pytest.raises(InputError, match=r"--resume cannot change hyperparams.lr.values \(\[0.5, .* there, \[9\] here\)"):
+        pretend(search_of(tmp_path, "method: grid\nparameters: {hyperparams.lr: {values: [9]}}"), base, out, resume=True)
+    with pytest.raises(InputError, match="is the best, but its run is not whole"):
+        promote(out, "best", tmp_path / "sota")
+
+
+def test_jobs_are_cut_to_the_gpus(tmp_path, base, pretend, monkeypatch):
+    monkeypatch.setattr(sw, "visible_gpus", lambda: {"4": 10**12, "6": 10**12})
+    seen = []
+    monkeypatch.setattr(Pretend, "__init__", lambda self, jobs, address, gpus: (seen.append((jobs, list(gpus))),
+                                                                                 setattr(self, "pool", ThreadPoolExecutor(jobs)))[1])
+    base.write_text(BASE.replace("device: cpu", "device: auto"))
+    with pytest.warns(UserWarning, match="jobs: 5 were asked for, but there are 2 GPUs; 2 at a time"):
+        pretend(search_of(tmp_path, f"method: grid\n{LRS}"), base, tmp_path / "out", trials=2, jobs=5)
+    assert seen == [(2, ["4", "6"])]
