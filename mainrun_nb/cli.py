@@ -182,8 +182,7 @@ def sweep_cli(
     from mainrun_nb.sweep import run_sweep
 
     config, out = needed(config=config, out=out)
-    board = run_sweep(search, config, out, trials or None, jobs, engine, fast, resume, overrides, seed, address,
-                      retry=retry, failures=failures)
+    board = run_sweep(search, config, out, trials or None, jobs, engine, fast, resume, overrides, seed, address, True, retry, failures)
     print(board.table())
     if promote:
         print(f"best trial written to {promote_best(out, promote)}")

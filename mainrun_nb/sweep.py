@@ -31,7 +31,7 @@ from .memory import MemoryBudgetError, check_budget, check_build
 from .runtime import Interrupted, in_log_file, noted_signals, pick_device
 from .search import Chooser, Search, for_wandb, grid_points, read_search
 from .search import Dimension, optuna_history, random_point  # noqa: F401  scripts import them from here
-from .tracking import has_key, wandb_mode
+from .tracking import has_key, sync_hint, wandb_mode
 from .trials import ENGINES, FINAL, EvaluationLog, Leaderboard, LocalEngine, Trial, disk_was_full, override, read_board
 from .trials import evaluations, watch_trial  # noqa: F401  likewise
 from .trials import read_record, read_trials, template, visible_gpus
@@ -431,6 +431,8 @@ def run_sweep(
         undo(out, retry)
         chooser, free = Chooser(found, flatten(cfg), seed), min(gpus.values(), default=0)
         Sweep(found, out, most_trials(found, trials), jobs, runner, fast, chooser, failures, free, cfg.tracking).run(progress)
+    if "wandb" in cfg.tracking.backends and wandb_mode(cfg.tracking.mode) == "offline":
+        print(sync_hint(out, "trial-*/run/"), end="", file=sys.stderr)
     return final_board(out)
 
 # %% ../nbs/31_sweep.ipynb #bd6e6956

@@ -700,14 +700,14 @@ def test_a_failed_trial_runs_again_when_asked_or_when_its_folder_is_removed(tmp_
         search, out = search_of(tmp_path, f"method: {method}\n{early}\n{LRS}"), tmp_path / method
         before = pretend(search, base, out)
         failed = [t for t in before.trials if t.status == "failed"]
-        assert len(before.trials) == 6 and len(failed) == 2
+        assert len(before.trials) == 6 and failed
         with monkeypatch.context() as m:
             m.setattr(Pretend, "trial", lambda *a: {"status": "complete", "error": "", "seconds": 1.0} if wrote(a[1]) else None)
             subprocess.run(["rm", "-r", failed[0].folder(out)], check=True)
             removed = pretend(search, base, out, resume=True)
-            assert removed.trials[failed[0].number].status == "complete" and removed.counts["failed"] == 1
+            assert removed.trials[failed[0].number].status == "complete" and removed.counts.get("failed", 0) == len(failed) - 1
             again = pretend(search, base, out, resume=True, retry="failed")
-            assert again.counts == {"complete": 6} and again.trials[failed[1].number].params == failed[1].params
+            assert "failed" not in again.counts and all(again.trials[t.number].params == t.params for t in failed[1:])
     with pytest.raises(InputError, match="Did you mean 'failed'"):
         pretend(search, base, out, resume=True, retry="faild")
     with pytest.raises(InputError, match="goes with --resume"):
