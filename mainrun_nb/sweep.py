@@ -110,6 +110,14 @@ def labels(trial: Trial, tracking: TrackingConfig, sweep: str) -> list[str]:
     told = {"group": tracking.group or sweep, "name": " ".join([trial.name, *params])[:128], "tags": tags}
     return [override(f"tracking.{key}", value) for key, value in told.items()]
 
+
+def give_up(sweep: Any) -> None:
+    "Raise `RunError` if the first trials have all failed."
+    if sweep.failures and sweep.ended["failed"] >= sweep.failures and not sweep.best and not sweep.ended["pruned"]:
+        first = next(sweep.trials[n] for n in sorted(sweep.trials) if sweep.trials[n].status == "failed")
+        what = f"all of the first {sweep.ended['failed']} trials failed; trial {first.number}: {first.error}"
+        raise RunError(f"{sweep.out_dir}: {what}; --resume --retry failed runs them again, --failures 0 goes on")
+
 # %% ../nbs/31_sweep.ipynb #4c6ab254
 class Sweep:
     "A sweep in its folder, whose configuration is `base.yaml`."
@@ -210,10 +218,7 @@ class Sweep:
 
     def look(self, number: int) -> None:
         "Look after a trial that was started."
-        if self.futures[number].done():
-            self.collect(number)
-        else:
-            self.watch(number)
+        (self.collect if self.futures[number].done() else self.watch)(number)
 
     def interrupt(self) -> None:
         "Ask all running trials to save and stop, and wait for them; they will go on when the sweep is resumed."
@@ -225,13 +230,6 @@ class Sweep:
             with suppress(RunError, OSError):
                 self.trials[number].save(self.out_dir)
 
-    def give_up(self) -> None:
-        "Raise `RunError` if the first trials have all failed."
-        if self.failures and self.ended["failed"] >= self.failures and not self.best and not self.ended["pruned"]:
-            first = next(self.trials[n] for n in sorted(self.trials) if self.trials[n].status == "failed")
-            what = f"all of the first {self.ended['failed']} trials failed; trial {first.number}: {first.error}"
-            raise RunError(f"{self.out_dir}: {what}; --resume --retry failed runs them again, --failures 0 goes on")
-
     def turn(self) -> bool:
         "One turn of the loop; whether anything was running."
         while len(self.futures) < self.jobs and not self.signals and (trial := self.next_trial()):
@@ -239,7 +237,7 @@ class Sweep:
         running = list(self.futures)
         for number in running:
             self.look(number)
-            self.give_up()
+            give_up(self)
         return bool(running)
 
     def run(self, progress: bool) -> None:
@@ -256,9 +254,8 @@ class Sweep:
                     time.sleep(0.1)
             finally:
                 self.interrupt()
-        if self.at_target:
-            what = f"trial {self.at_target.number} has reached the target of {self.search.target}; no more were started"
-            warnings.warn(f"{self.out_dir}: {what}", stacklevel=2)
+        if first := self.at_target:
+            warnings.warn(f"{self.out_dir}: trial {first.number} has reached {self.search.target}; no more were started", stacklevel=2)
         if self.signals:
             raise Interrupted(f"{self.out_dir}: stopped by {signal.Signals(self.signals[0]).name}; --resume goes on", self.signals[0])
 
@@ -361,17 +358,21 @@ def check_arguments(engine: str, **given: Any) -> None:
         raise InputError("retry: goes with --resume")
 
 # %% ../nbs/31_sweep.ipynb #9d20c036
-def prepared(search: str | Path, base: str | Path, overrides: list[str] | tuple[str, ...]) -> tuple[Config, Search]:
+def prepared(search: str | Path, base: str | Path, overrides: list[str] | tuple[str, ...], fast: bool) -> tuple[Config, Search]:
     "The configuration and the search over it. Raises `InputError`, also for titles that cannot be had, unless the search chooses them."
     cfg = load_config(base, overrides)
     found = read_search(search, cfg)
     if not any(d.key == "hyperparams.num_titles" or d.key.startswith("data.") for d in found.dimensions):
         load_titles(cfg)
+    if not fast:
+        template("trial.ipynb")
     return cfg, found
 
 
-def final_board(out: Path) -> Leaderboard:
+def final_board(out: Path, tracking: TrackingConfig | None = None) -> Leaderboard:
     "The leaderboard of a sweep that has ended, written out. Raises `RunError` if none of its trials is complete."
+    if tracking and "wandb" in tracking.backends and wandb_mode(tracking.mode) == "offline":
+        print(sync_hint(out, "trial-*/run/"), end="", file=sys.stderr)
     board = read_board(out)
     atomic_write(out / "leaderboard.csv", board.csv())
     if board.best is None:
@@ -413,27 +414,21 @@ def run_sweep(
     fast: bool = False,  # without notebooks
     resume: bool = False,  # go on with the sweep in the folder
     overrides: list[str] | tuple[str, ...] = (),  # settings for all trials
-    seed: int = 0,  # of the points
-    address: str | None = None,  # of a Ray cluster; none: start one here
-    progress: bool = True,
+    seed: int = 0, address: str | None = None, progress: bool = True,  # of the points; of a Ray cluster (none: start one here); a bar
     retry: str | None = None,  # run trials again that ended as failed, skipped or invalid
     failures: int = 3,  # so many failed trials, before one has succeeded, end the sweep; 0: they do not
 ) -> Leaderboard:
     "Run a sweep. Raises `InputError` before anything runs, `RunError` or `Interrupted` with everything so far kept."
     check_arguments(engine, trials=trials, jobs=jobs, seed=seed, resume=resume, address=address, retry=retry, failures=failures)
-    (cfg, found), out = prepared(search, base, overrides), Path(out_dir)
-    if not fast:
-        template("trial.ipynb")
+    (cfg, found), out = prepared(search, base, overrides, fast), Path(out_dir)
     if engine == "wandb":
         return run_wandb_sweep(found, cfg, out, trials, fast)
     gpus, jobs = gpus_for(cfg, jobs) if ENGINES[engine].here else ({}, jobs)
     with claimed(out, {**record_of(found, cfg), "seed": seed}, cfg, resume), closing(ENGINES[engine](jobs, address, gpus)) as runner:
         undo(out, retry)
-        chooser, free = Chooser(found, flatten(cfg), seed), min(gpus.values(), default=0)
-        Sweep(found, out, most_trials(found, trials), jobs, runner, fast, chooser, failures, free, cfg.tracking).run(progress)
-    if "wandb" in cfg.tracking.backends and wandb_mode(cfg.tracking.mode) == "offline":
-        print(sync_hint(out, "trial-*/run/"), end="", file=sys.stderr)
-    return final_board(out)
+        made = found, out, most_trials(found, trials), jobs, runner, fast, Chooser(found, flatten(cfg), seed)
+        Sweep(*made, failures, min(gpus.values(), default=0), cfg.tracking).run(progress)
+    return final_board(out, cfg.tracking)
 
 # %% ../nbs/31_sweep.ipynb #bd6e6956
 def recipe(cfg: Config, result: dict[str, Any]) -> str:

@@ -747,7 +747,8 @@ def test_a_sweep_grows_and_its_copies_do_not_count(tmp_path, base, pretend):
     out = tmp_path / "a?x=1%{b}"
     assert len(pretend(search_of(tmp_path, "method: grid\n" + LRS.replace("0.3, 1.0", "0.02")), base, out).trials) == 5
     subprocess.run(["cp", "-r", out / "trial-0001", out / "trial-0001 copy"], check=True)
-    grown = "method: grid\ndescription: more\n" + LRS.replace("[1.0e-3, 1.0e-2, 3.0e-2, 0.1, 0.3, 1.0]", "[0.5, 0.02, 0.1, 3.0e-2, 1.0e-2, 1.0e-3]")
+    grown = "method: grid\ndescription: more\n" + LRS.replace(
+        "[1.0e-3, 1.0e-2, 3.0e-2, 0.1, 0.3, 1.0]", "[0.5, 0.02, 0.1, 3.0e-2, 1.0e-2, 1.0e-3]")
     board = pretend(search_of(tmp_path, grown), base, out, resume=True)
     assert [t.params["hyperparams.lr"] for t in board.trials] == [1e-3, 1e-2, 3e-2, 0.1, 0.02, 0.5]
     with pytest.raises(InputError, match=r"--resume cannot change hyperparams.lr.values \(\[0.5, .* there, \[9\] here\)"):
