@@ -24,8 +24,9 @@ MOVED = {
                           "plot_overlap", "leak_rows"), "overlap"),
     "models": dict.fromkeys(("export_gpt2", "import_gpt2", "hf_tokenizer"), "hub"),
     "sparsek": dict.fromkeys(("SparseKAttention", "SparseKCache", "sparsek_fast"), "sparsek_stream"),
-    "sweep": dict.fromkeys(("make_report", "write_html", "axis_of", "importance", "plot_overview", "plot_settings",
-                            "plot_parallel"), "report"),
+    "sweep": {**dict.fromkeys(("make_report", "write_html", "axis_of", "importance", "plot_overview", "plot_settings",
+                               "plot_parallel"), "report"),
+              **dict.fromkeys(("RayEngine", "wait_for_folder", "trial_command"), "trials")},
     "cli": {"evaluate_run": "trainer", "gpu_report": "runtime"},  # not imported there, so that --help is instant
 }
 

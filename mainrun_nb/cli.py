@@ -275,6 +275,8 @@ def sweep_cli(
     address: str | None = None,  # of a Ray cluster
     fast: bool = False,  # trials without notebooks
     resume: bool = False,  # go on with the sweep in the folder
+    retry: str | None = None,  # with --resume: run trials again that ended as failed, skipped or invalid
+    failures: int = 3,  # so many failed trials, before one has succeeded, end the sweep; 0: they do not
     seed: int = 0,  # of the points
     promote: str | None = None,  # write the best trial as sweeps/sota/NAME.yaml
 ):
@@ -283,7 +285,7 @@ def sweep_cli(
     from mainrun_nb.sweep import run_sweep
 
     config, out = needed(config=config, out=out)
-    board = run_sweep(search, config, out, trials or None, jobs, engine, fast, resume, overrides, seed, address)
+    board = run_sweep(search, config, out, trials or None, jobs, engine, fast, resume, overrides, seed, address, True, retry, failures)
     print(board.table())
     if promote:
         print(f"best trial written to {promote_best(out, promote)}")

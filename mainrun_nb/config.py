@@ -322,6 +322,9 @@ class TrackingConfig:
     project: str = "mainrun_nb"
     entity: str | None = None
     mode: str = one_of("auto", "online", "offline")  # auto: online if a key is there
+    name: str | None = None  # of the run; null: that of its folder
+    group: str | None = None  # under which dashboards show it; null: none, and for the trials of a sweep its folder's name
+    tags: list[str] = field(default_factory=list)  # words to find it by
 
 # %% ../nbs/00_config.ipynb #5cf6f67e
 @dataclass
@@ -503,12 +506,13 @@ def check_number(value: Any, key: str, rules: Any) -> None:
         raise InputError(f"{key}: must be {rules['words']}, found {shown(value)}") from None
 
 # %% ../nbs/00_config.ipynb #589d878f
-def check_string(value: str, key: str) -> None:
+def check_string(value: Any, key: str) -> None:
     "Raise `InputError` for a text that cannot be written down: half a surrogate pair, or a key, which would be in every file of the run."
-    if scrubbed(value) != value:
-        raise InputError(f"{key}: holds a key or password, or what looks like one; a configuration is written down, and may hold none")
-    if any("\ud800" <= c <= "\udfff" for c in value):
-        raise InputError(f"{key}: holds half a surrogate pair, which is not valid Unicode, found {shown(value)}")
+    for text in filter(lambda x: isinstance(x, str), value if isinstance(value, list) else [value]):
+        if scrubbed(text) != text:
+            raise InputError(f"{key}: holds a key or password, or what looks like one; a configuration is written down, and may hold none")
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise InputError(f"{key}: holds half a surrogate pair, which is not valid Unicode, found {shown(value)}")
 
 # %% ../nbs/00_config.ipynb #a4b5de23
 def ruled(value: Any, key: str, rules: Any) -> Any:
@@ -525,9 +529,7 @@ def check_values(section: Any, path: str = "") -> None:
     "Raise `InputError` for the first value that breaks its field's rule, in `section` and all below it; names get their own case."
     for f in fields(section):
         value, key = getattr(section, f.name), f"{path}{f.name}"
-        for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str):
-                check_string(text, key)
+        check_string(value, key)
         if is_dataclass(value):
             check_values(value, f"{key}.")
         elif (own := ruled(value, key, f.metadata)) != value:
@@ -562,8 +564,7 @@ def load_config(
 def config_yaml(cfg: Config) -> str:
     "Every field of `cfg` as YAML. Raises `InputError` for a text that cannot be written down."
     for key, value in flatten(cfg).items():
-        if isinstance(value, str):
-            check_string(value, key)
+        check_string(value, key)
     return OmegaConf.to_yaml(OmegaConf.create(asdict(cfg)))
 
 

@@ -376,7 +376,7 @@ def with_transformers(folder: Path) -> None:
 
 
 NEEDS: dict[str, Callable[[Path], object]] = {
-    "ray": lambda folder: our("sweep", "RayEngine")(1),
+    "ray": lambda folder: our("trials", "RayEngine")(1),
     "trackio": with_trackio,
     "transformers": with_transformers,
 }

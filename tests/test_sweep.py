@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from mainrun_nb import sweep as sw
+from mainrun_nb import trials as tr
 from mainrun_nb.config import InputError, RunError, load_config
 from mainrun_nb.memory import estimate_memory
 from mainrun_nb.search import evaluations, grid_points, override, random_point, read_board, read_search, read_trials
@@ -53,7 +54,7 @@ class Pretend:
     rows = 5
     running: list[Path] = []
 
-    def __init__(self, jobs, address=None):
+    def __init__(self, jobs, address=None, gpus=()):
         self.pool = ThreadPoolExecutor(jobs)
 
     def submit(self, folder, base, overrides, fast):
@@ -340,10 +341,10 @@ def test_two_sweeps_do_not_share_a_folder(tmp_path, base, pretend):
 def test_a_resumed_sweep_must_be_the_same_and_may_grow(tmp_path, base, pretend):
     search = search_of(tmp_path, f"method: grid\n{LRS}")
     pretend(search, base, tmp_path / "out", trials=2)
-    with pytest.raises(InputError, match="configuration differ"):
+    with pytest.raises(InputError, match=r"--resume cannot change hyperparams.epochs \(50 there, 3 here\)$"):
         pretend(search, base, tmp_path / "out", resume=True, overrides=["hyperparams.epochs=3"])
     base.write_text(BASE.replace("epochs: 50", "epochs: 49"))
-    with pytest.raises(InputError, match="configuration differ"):
+    with pytest.raises(InputError, match=r"hyperparams.epochs \(50 there, 49 here\)"):
         pretend(search, base, tmp_path / "out", resume=True)
     base.write_text(BASE)
     assert len(pretend(search, base, tmp_path / "out", trials=4, resume=True).trials) == 4
@@ -372,12 +373,16 @@ def test_damaged_folders_say_so_in_one_line(tmp_path, base, pretend):
         pretend(search, base, out, trials=2, resume=True)
     (out / "trial-0001" / "trial.json").unlink()
     assert pretend(search, base, out, trials=2, resume=True).counts == {"complete": 2}, "a removed trial is run again"
-    (out / "optuna.db").write_bytes(b"not a database" * 100)
-    with pytest.raises(InputError, match="optuna.db: cannot be used"):
-        pretend(search, base, out, trials=2, resume=True)
-    (out / "optuna.db").unlink()
-    with pytest.raises(InputError, match="knows nothing of trial 0"):
-        pretend(search, base, out, trials=2, resume=True)
+    (out / "optuna.db").write_bytes(b"not a database" * 100)  # of an earlier version; nothing reads it
+    assert pretend(search, base, out, trials=3, resume=True).counts == {"complete": 3}
+    for cut in ("", "{", "[]"):
+        (out / "sweep.json").write_text(cut)
+        with pytest.raises(InputError, match="sweep.json: is damaged; remove it, and mainrun-sweep --resume"):
+            pretend(search, base, out, resume=True)
+    (out / "sweep.json").unlink()
+    with pytest.raises(InputError, match="already holds a sweep"):
+        pretend(search, base, out)
+    assert pretend(search, base, out, trials=4, resume=True).counts == {"complete": 4}
     with pytest.raises(InputError, match="cannot be created"):
         pretend(search, base, tmp_path / "search.yaml" / "out")
     with pytest.raises(InputError, match="not the folder of a sweep"):
@@ -460,7 +465,7 @@ def test_a_sweep_cut_short_goes_on(tmp_path, base, signum, mode):
 def test_a_folder_that_is_still_in_use_is_left_for_the_next_time(tmp_path, base, monkeypatch):
     """An orphan that will not end: its trial is no more final than it was, and is run when the folder is free."""
     search, out = search_of(tmp_path, "parameters: {hyperparams.lr: {value: 0.01}}"), tmp_path / "out"
-    monkeypatch.setattr(sw, "wait_for_folder", partial(sw.wait_for_folder, seconds=0.5))
+    monkeypatch.setattr(tr, "wait_for_folder", partial(tr.wait_for_folder, seconds=0.5))
     (out / "trial-0000" / "run").mkdir(parents=True)
     with open(out / "trial-0000" / "run" / ".lock", "a") as orphan:
         fcntl.flock(orphan, fcntl.LOCK_EX)
@@ -684,3 +689,80 @@ def test_every_value_of_a_shipped_search_can_run(name, monkeypatch):
         assert found == ("running", ""), (point, found)
 
 
+
+
+# --- amended, retried, stopped ---
+
+
+def test_a_failed_trial_runs_again_when_asked_or_when_its_folder_is_removed(tmp_path, base, pretend, monkeypatch):
+    """Also in a Bayesian sweep, whose history is the trials that there are."""
+    for method, early in (("grid", ""), ("bayes", "early_terminate: {type: median, min_iter: 1}")):
+        search, out = search_of(tmp_path, f"method: {method}\n{early}\n{LRS}"), tmp_path / method
+        before = pretend(search, base, out)
+        failed = [t for t in before.trials if t.status == "failed"]
+        assert len(before.trials) == 6 and failed
+        with monkeypatch.context() as m:
+            m.setattr(Pretend, "trial", lambda *a: {"status": "complete", "error": "", "seconds": 1.0} if wrote(a[1]) else None)
+            subprocess.run(["rm", "-r", failed[0].folder(out)], check=True)
+            removed = pretend(search, base, out, resume=True)
+            assert removed.trials[failed[0].number].status == "complete" and removed.counts.get("failed", 0) == len(failed) - 1
+            again = pretend(search, base, out, resume=True, retry="failed")
+            assert "failed" not in again.counts and all(again.trials[t.number].params == t.params for t in failed[1:])
+    with pytest.raises(InputError, match="Did you mean 'failed'"):
+        pretend(search, base, out, resume=True, retry="faild")
+    with pytest.raises(InputError, match="goes with --resume"):
+        pretend(search, base, tmp_path / "new", retry="failed")
+
+
+def wrote(folder) -> bool:
+    (folder / "run").mkdir(exist_ok=True)
+    (folder / "run" / "result.json").write_text('{"val/loss": 1.0}')
+    return True
+
+
+def test_the_first_trials_all_failed(tmp_path, base, pretend):
+    search = search_of(tmp_path, "method: grid\nparameters: {hyperparams.lr: {values: [0.3, 1.0, 0.01]}}")
+    with pytest.raises(RunError, match="all of the first 2 trials failed; trial 0: OSError: a bug in two lines; --resume --retry failed"):
+        pretend(search, base, tmp_path / "out", failures=2)
+    assert len(read_trials(tmp_path / "out")) == 2
+    assert pretend(search, base, tmp_path / "out", resume=True, failures=0).counts == {"complete": 1, "failed": 2}
+
+
+def test_a_full_disk_is_no_end(tmp_path, base, pretend, monkeypatch):
+    search, full = search_of(tmp_path, f"method: grid\n{LRS}"), "run/metrics.jsonl: No space left on device"
+    with monkeypatch.context() as m, pytest.raises(RunError, match="No space left on device; make room, and --resume goes on"):
+        m.setattr(Pretend, "trial", lambda *a: {"status": "failed", "error": full, "seconds": 1.0})
+        pretend(search, base, tmp_path / "out", trials=2)
+    assert [t.status for t in read_trials(tmp_path / "out")] == ["running"]
+    old = read_trials(tmp_path / "out")[0]  # as an earlier version left it
+    old.status, old.error = "failed", full
+    old.save(tmp_path / "out")
+    assert pretend(search, base, tmp_path / "out", trials=2, resume=True).counts == {"complete": 2}
+    with monkeypatch.context() as m, pytest.raises(RunError, match="No space left on device; --resume goes on$"):
+        m.setattr(sw, "save_config", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device", "base.yaml")))
+        pretend(search, base, tmp_path / "new", trials=2)
+
+
+def test_a_sweep_grows_and_its_copies_do_not_count(tmp_path, base, pretend):
+    out = tmp_path / "a?x=1%{b}"
+    assert len(pretend(search_of(tmp_path, "method: grid\n" + LRS.replace("0.3, 1.0", "0.02")), base, out).trials) == 5
+    subprocess.run(["cp", "-r", out / "trial-0001", out / "trial-0001 copy"], check=True)
+    grown = "method: grid\ndescription: more\n" + LRS.replace(
+        "[1.0e-3, 1.0e-2, 3.0e-2, 0.1, 0.3, 1.0]", "[0.5, 0.02, 0.1, 3.0e-2, 1.0e-2, 1.0e-3]")
+    board = pretend(search_of(tmp_path, grown), base, out, resume=True)
+    assert [t.params["hyperparams.lr"] for t in board.trials] == [1e-3, 1e-2, 3e-2, 0.1, 0.02, 0.5]
+    with pytest.raises(InputError, match=r"--resume cannot change hyperparams.lr.values \(\[0.5, .* there, \[9\] here\)"):
+        pretend(search_of(tmp_path, "method: grid\nparameters: {hyperparams.lr: {values: [9]}}"), base, out, resume=True)
+    with pytest.raises(InputError, match="is the best, but its run is not whole"):
+        promote(out, "best", tmp_path / "sota")
+
+
+def test_jobs_are_cut_to_the_gpus(tmp_path, base, pretend, monkeypatch):
+    monkeypatch.setattr(sw, "visible_gpus", lambda: {"4": 10**12, "6": 10**12})
+    seen = []
+    monkeypatch.setattr(Pretend, "__init__", lambda self, jobs, address, gpus: (seen.append((jobs, list(gpus))),
+                                                                                 setattr(self, "pool", ThreadPoolExecutor(jobs)))[1])
+    base.write_text(BASE.replace("device: cpu", "device: auto"))
+    with pytest.warns(UserWarning, match="jobs: 5 were asked for, but there are 2 GPUs; 2 at a time"):
+        pretend(search_of(tmp_path, f"method: grid\n{LRS}"), base, tmp_path / "out", trials=2, jobs=5)
+    assert seen == [(2, ["4", "6"])]
