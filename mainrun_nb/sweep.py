@@ -34,9 +34,8 @@ from .search import Dimension, optuna_history, random_point  # noqa: F401  scrip
 from .sources import check_file_name
 from .space import Setting
 from .tracking import has_key, sync_hint, wandb_mode
-from .trials import ENGINES, FINAL, EvaluationLog, Leaderboard, LocalEngine, Trial, disk_was_full, override, read_board
-from .trials import evaluations, watch_trial  # noqa: F401  likewise
-from .trials import read_record, read_trials, template, visible_gpus
+from .trials import ENGINES, FINAL, EvaluationLog, Leaderboard, LocalEngine, Trial, disk_was_full, evaluations, override
+from .trials import read_board, read_record, read_trials, template, visible_gpus, watch_trial  # noqa: F401  scripts import some from here
 
 # %% ../nbs/31_sweep.ipynb #825ecb96
 def can_run(
