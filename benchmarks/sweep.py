@@ -101,7 +101,8 @@ def scheduler(folder: Path, trials: int, method: str) -> dict[str, float]:
                             fast=True, progress=False)  # eight at a time: one wait of the loop for eight trials
     assert board.counts == {"complete": trials}
     at, few = ENDED.pop().times, min(100, trials // 2 - 1)
-    return {"trials": trials, "start": (at[few] - at[0]) / few, "end": (at[-1] - at[-1 - few]) / few, "all": (at[-1] - at[0]) / (trials - 1)}
+    mean = (at[-1] - at[0]) / (trials - 1)
+    return {"trials": trials, "start": (at[few] - at[0]) / few, "end": (at[-1] - at[-1 - few]) / few, "all": mean}
 
 
 def pace(folder: Path, jobs: int, trials: int, fast: bool) -> float:
