@@ -136,7 +136,8 @@ def main() -> None:
                  "scheduler": lambda: scheduler(folder, 20 if args.quick else args.trials, "random"),
                  "trials_per_hour": lambda: {f"{name}, {j} workers": pace(folder, j, n, fast) for name, fast, n in plan for j in (1, 2)}}
         measured = {name: part() for name, part in parts.items() if args.only in (None, name)}
-    machine = {"platform": platform.platform(), "cores": os.cpu_count(), "torch": torch.__version__, "python": platform.python_version()}
+    machine = {"platform": platform.platform(), "cores": os.cpu_count(), "torch": torch.__version__, "python": platform.python_version(),
+               "load": round(os.getloadavg()[1], 1)}  # where it is above the cores, wall times are those of a busy machine
     kept = json.loads(args.out.read_text()) if args.only and args.out.exists() else {}
     text = json.dumps({**kept, "machine": machine, "steps": steps, **measured}, indent=1)
     print(text)
