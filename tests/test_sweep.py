@@ -805,10 +805,11 @@ def staged(search, base, out, trials, retry):
 STAGED = "import sys; sys.path.insert(0, 'tests'); from test_sweep import staged; print('on', flush=True); staged(*sys.argv[1:])"
 
 
-def killed(args: list[str], reached: Path, pause: float) -> None:
-    """Run a stage in a process of its own and kill it, so many seconds after a trial has begun."""
+def killed(args: list[str], trial: Path, pause: float, midway: bool) -> None:
+    """Run a stage in a process of its own and kill it, so many seconds after a trial has begun, or it or a later one has a checkpoint."""
+    reached = "run/checkpoints/*/*" if midway else "trial.json"
     with subprocess.Popen([sys.executable, "-c", STAGED, *args], cwd=ROOT, stdout=subprocess.PIPE) as process:
-        wait_for(lambda: (reached / "trial.json").exists() or process.poll() is not None, 300)
+        wait_for(lambda: any(str(p) > str(trial) for p in trial.parent.glob(f"trial-*/{reached}")) or process.poll() is not None, 300)
         time.sleep(pause)
         assert process.poll() is None, "it had ended before it was killed"
         process.kill()
@@ -830,7 +831,7 @@ def staged_searches(tmp_path: Path, method: str) -> list[tuple[str, str, str]]:
 @pytest.mark.parametrize("method", ["grid", "random"])
 def test_killed_amended_and_resumed_is_never_killed(tmp_path, base, method):
     """Twenty real trials, killed at five random moments, amended twice: each is what it is where nothing was killed, to the last bit."""
-    base.write_text(BASE.replace("max_steps: 20", "max_steps: 30, save_every: 5"))
+    base.write_text(BASE.replace("max_steps: 20", "max_steps: 120, save_every: 5"))
     rng, stages = random.Random(method), staged_searches(tmp_path, method)
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
@@ -840,9 +841,11 @@ def test_killed_amended_and_resumed_is_never_killed(tmp_path, base, method):
             if retry:
                 (tmp_path / name / "mended").touch()
             moments = sorted(rng.sample([range(2, 7), range(9, 17)][i], [2, 3][i])) if name == "cut" and i < 2 else []
-            for number in moments:
-                killed(args, out / f"trial-{number:04d}", rng.uniform(0, 0.5))
+            for k, number in enumerate(moments):
+                killed(args, out / f"trial-{number:04d}", rng.uniform(0, 0.5), midway=k > 0)
             staged(*args)
     whole, cut = (read_trials(tmp_path / name / "sweep") for name in ("whole", "cut"))
     assert len(whole) == 20 and {t.status for t in whole} == {"complete"} and len({t.value for t in whole}) == 20
     assert [(t.params, t.value, t.evaluations, t.error) for t in cut] == [(t.params, t.value, t.evaluations, t.error) for t in whole]
+    resumed = sum(e["event"] == "run_resumed" for t in cut for e in events(t.folder(tmp_path / "cut" / "sweep")))
+    assert resumed, "no run was cut short"
