@@ -9,7 +9,10 @@ __all__ = ['explain', 'LayerMemory', 'simulate_step', 'measured_peak', 'MemoryEs
 
 # %% ../nbs/22_memory.ipynb #63a8859a
 import gc
+import math
 import os
+import time
+import warnings
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -18,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .config import Config, InputError
 from .models import build_model
@@ -43,14 +47,20 @@ def _shape(cfg: Config) -> tuple[int, list[int], int]:
     return rows, getattr(gpt, "hidden_layer_list", [gpt.hidden_layer] * gpt.n_layer), getattr(cfg.attn_configs, gpt.attention_layer).n_head
 
 # %% ../nbs/22_memory.ipynb #d4efacac
+def _parameters(cfg: Config, vocab_size: int) -> int:
+    "How many parameters the model has, which is built without storage to be asked."
+    with FakeTensorMode():
+        return sum(p.numel() for p in build_model(cfg, vocab_size).parameters())
+
+
 def explain(
     cfg: Config,
     vocab_size: int | None = None,  # of the tokenizer (of cased: pieces); none: hyperparams.vocab_size
+    n: int | None = None,  # the model's parameters; none: build it and count
 ) -> dict[str, int]:  # part -> bytes
     "The five parts of a GPT's training step by formula, in float32 and without dropout: a guide, not the peak."
     hp, vocab_size = cfg.hyperparams, vocab_size or cfg.hyperparams.vocab_size
-    with FakeTensorMode():
-        n = sum(p.numel() for p in build_model(cfg, vocab_size).parameters())
+    n = _parameters(cfg, vocab_size) if n is None else n
     rows, widths, heads = _shape(cfg)
     state = (STATE_BYTES.get(hp.optimizer, 8) + 4 * bool(hp.momentum and hp.optimizer in ("sgd", "rmsprop"))) * n
     logits = 2 * 4 * vocab_size * min(rows, hp.loss_chunk or rows)
@@ -99,12 +109,33 @@ def _layers(model: nn.Module, tracker: Any, device: torch.device) -> list[LayerM
         rows.append(LayerMemory(name, sum(p.nbytes for p in fresh), _kept(stats, device)))
     return rows
 
+# %% ../nbs/22_memory.ipynb #12210aaa
+PATIENCE = 20.0  # seconds: simulating one step, or all the steps that an advice takes
+
+
+class TooLong(Exception):
+    "A simulation whose time is over."
+
+
+class Deadline(TorchDispatchMode):
+    "Within it, an operation that begins too late raises `TooLong`."
+
+    def __init__(self, until: float) -> None:  # on the monotonic clock
+        super().__init__()
+        self.until = until
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if time.monotonic() > self.until and func.namespace != "prim":  # asking for a device, PyTorch's C++ code lets no exception through
+            raise TooLong
+        return func(*args, **(kwargs or {}))
+
 # %% ../nbs/22_memory.ipynb #6ad89e4f
 def simulate_step(
     cfg: Config,
     vocab_size: int,
+    until: float = math.inf,  # on the monotonic clock
 ) -> tuple[dict[str, int], list[LayerMemory]]:  # bytes per part at the moment of the peak; what each layer costs
-    "Run two training steps on fake tensors and count what they would allocate."
+    "Run two training steps on fake tensors and count what they would allocate. Raises `TooLong` when the time is over."
     from torch.distributed._tools.mem_tracker import MemTracker
 
     hp, tracker, place = cfg.hyperparams, MemTracker(), torch.device("cpu")
@@ -112,7 +143,7 @@ def simulate_step(
         raise InputError(f"hyperparams.grad_accum: must divide the {hp.batch_size} rows of a batch, found {hp.grad_accum}")
     few = replace(hp, grad_accum=min(hp.grad_accum, 2))
     rows = hp.batch_size // hp.grad_accum * few.grad_accum
-    with FakeTensorMode(), place:
+    with FakeTensorMode(), place, Deadline(until):
         model = build_model(cfg, vocab_size).train()
         optimizer, ema = build_optimizer(model, hp), EMA(model, hp.ema) if hp.ema else None
         x, y = (torch.zeros(hp.batch_size, hp.context_length, dtype=torch.long) for _ in range(2))
@@ -162,6 +193,7 @@ class MemoryEstimate:
     parts: dict[str, int]  # bytes at the moment of the peak, `total` last
     layers: list[LayerMemory]
     note: str = ""  # what the figure leaves out
+    simulated: bool = True  # or else by formula
 
     def table(self) -> str:
         "Layers and parts as text, in MB of 10^6 bytes."
@@ -174,20 +206,43 @@ class MemoryEstimate:
 # %% ../nbs/22_memory.ipynb #268889d3
 CUDA_ALLOWANCE = 1.10  # rounding, workspaces and fragmentation of the CUDA allocator; not measured on CUDA
 
+BY_FORMULA = "by formula only, a guide: to simulate the step takes too long"
+
+
+def _tables(cfg: Config) -> int:  # bytes
+    "All attention tables with their dropout."
+    rows, widths, heads = _shape(cfg)
+    return 9 * rows * len(widths) * heads * cfg.hyperparams.context_length
+
+
+def by_formula(cfg: Config, vocab_size: int, n: int | None = None) -> dict[str, int]:  # part -> bytes, `total` last
+    "What stands in for the simulated peak."
+    gpt = getattr(cfg.model_configs, cfg.hyperparams.model_architecture)
+    dense = gpt.attention_layer == "causal" and gpt.dropout and not cfg.hyperparams.checkpoint_activations
+    parts = {**explain(cfg, vocab_size, n), "tables": _tables(cfg) if dense else 0}
+    return {**parts, "total": sum(parts.values())}
+
 # %% ../nbs/22_memory.ipynb #61e320bb
 def estimate_memory(
     cfg: Config,
     device: str = "cpu",
     vocab_size: int | None = None,  # of the tokenizer; none: hyperparams.vocab_size
+    until: float | None = None,  # on the monotonic clock: by formula if simulating takes longer; none: for `PATIENCE`
+    n: int | None = None,  # the model's parameters; none: build it and count, where the formula asks
 ) -> MemoryEstimate:
     "Predict the peak memory of a training step, without allocating it. Raises `InputError` as `build_model` does."
-    parts, layers = simulate_step(cfg, vocab_size or cfg.hyperparams.vocab_size)
-    notes = ["compile: the figure is for the eager step"] if cfg.hyperparams.compile else []
+    vocab_size, notes, simulated = vocab_size or cfg.hyperparams.vocab_size, [], True
+    try:
+        parts, layers = simulate_step(cfg, vocab_size, time.monotonic() + PATIENCE if until is None else until)
+    except TooLong:
+        parts, layers, simulated = by_formula(cfg, vocab_size, n), [], False
+        notes = [BY_FORMULA]
+    notes += ["compile: the figure is for the eager step"] if cfg.hyperparams.compile else []
     peak = parts["total"]
     if device == "cuda":
         peak = round(peak * CUDA_ALLOWANCE)
         notes.append(f"with the allowance for CUDA: {peak / 1e6:.0f} MB; attention as on a CPU, whose tables fused kernels need not keep")
-    return MemoryEstimate(peak, parts, layers, "; ".join(notes))
+    return MemoryEstimate(peak, parts, layers, "; ".join(notes), simulated)
 
 # %% ../nbs/22_memory.ipynb #725045a4
 def tensor_bytes(*things: Any) -> int:
@@ -247,12 +302,14 @@ def fits(
     budget: int,  # bytes
     device: str = "cpu",
     vocab_size: int | None = None,  # of the tokenizer; none: hyperparams.vocab_size
+    until: float | None = None,  # see `estimate_memory`
+    n: int | None = None,  # likewise
     **settings: Any,  # hyperparams to be tried instead of those in cfg
 ) -> bool:
     "Whether the predicted peak of a training step is within the budget."
     cfg = replace(cfg, hyperparams=replace(cfg.hyperparams, **settings))
-    hopeless = sum(explain(cfg, vocab_size).values()) > HOPELESS * budget
-    return not hopeless and estimate_memory(cfg, device, vocab_size).peak_bytes <= budget
+    hopeless = sum(explain(cfg, vocab_size, n).values()) > HOPELESS * budget
+    return not hopeless and estimate_memory(cfg, device, vocab_size, until, n).peak_bytes <= budget
 
 # %% ../nbs/22_memory.ipynb #0722c8a1
 def find_batch_size(
@@ -260,12 +317,13 @@ def find_batch_size(
     budget: int,  # bytes
     device: str = "cpu",
     vocab_size: int | None = None,  # of the tokenizer; none: hyperparams.vocab_size
+    **known: Any,  # `until` and `n`, see `estimate_memory`
 ) -> int:  # 0: none of them fits
     "The largest of the configured batch size, its half, its quarter ... that is predicted to fit."
-    n = cfg.hyperparams.grad_accum
-    rows = cfg.hyperparams.batch_size // n  # of a micro-batch
-    sizes = [(rows >> k) * n for k in range(rows.bit_length())]
-    return next((size for size in sizes if fits(cfg, budget, device, vocab_size, batch_size=size)), 0)
+    cuts = cfg.hyperparams.grad_accum
+    rows = cfg.hyperparams.batch_size // cuts  # of a micro-batch
+    sizes = [(rows >> k) * cuts for k in range(rows.bit_length())]
+    return next((size for size in sizes if fits(cfg, budget, device, vocab_size, **known, batch_size=size)), 0)
 
 # %% ../nbs/22_memory.ipynb #e512d67e
 def what_would_fit(
@@ -276,13 +334,16 @@ def what_would_fit(
     processes: int = 1,  # that take a batch as large as cfg's each
 ) -> str:
     "Advice in words: a batch size that fits, and the fewest micro-batches in which the present one does."
-    batch, size = cfg.hyperparams.batch_size, find_batch_size(cfg, budget, device, vocab_size)
-    cuts = [n for n in range(cfg.hyperparams.grad_accum + 1, batch + 1) if batch % n == 0]
-    cut = next((n for n in cuts if fits(cfg, budget, device, vocab_size, grad_accum=n)), 0)
+    until, batch = time.monotonic() + PATIENCE, cfg.hyperparams.batch_size
+    known: Any = {"until": until, "n": _parameters(cfg, vocab_size or cfg.hyperparams.vocab_size)}
+    size = find_batch_size(cfg, budget, device, vocab_size, **known)
+    cuts = [k for k in range(cfg.hyperparams.grad_accum + 1, batch + 1) if batch % k == 0]
+    cut = next((k for k in cuts if fits(cfg, budget, device, vocab_size, **known, grad_accum=k)), 0)
     advice = [f"hyperparams.batch_size={size * processes}"] * bool(size) + [f"hyperparams.grad_accum={cut} with the same batch"] * bool(cut)
+    guess = " (by formula only)" if time.monotonic() > until else ""
     if not advice:
-        return "not even one row at a time would fit; a smaller model or context is needed"
-    return f"{advice[0]} would fit" + "".join(f", or {more}" for more in advice[1:])
+        return f"not even one row at a time would fit; a smaller model or context is needed{guess}"
+    return f"{advice[0]} would fit" + "".join(f", or {more}" for more in advice[1:]) + guess
 
 # %% ../nbs/22_memory.ipynb #cf4f9f50
 def formula_need(
@@ -295,8 +356,7 @@ def formula_need(
     "By formula, attention tables included, what a step needs and may use. Raises `InputError` for a model that cannot be built."
     budget = memory_budget(cfg, device) // (processes if device == "cpu" else 1) // (1 if cfg.hyperparams.memory_budget_gb else runs)
     cfg = replace(cfg, hyperparams=replace(cfg.hyperparams, batch_size=cfg.hyperparams.batch_size // processes))
-    parts, (rows, widths, heads) = explain(cfg, vocab_size), _shape(cfg)
-    tables = 9 * rows * len(widths) * heads * cfg.hyperparams.context_length
+    parts, tables = explain(cfg, vocab_size), _tables(cfg)
     return {"predicted_bytes": sum(parts.values()) + tables, "budget_bytes": budget, **parts, "tables": tables}
 
 # %% ../nbs/22_memory.ipynb #903dcd12
@@ -324,8 +384,10 @@ def check_budget(
         return {"method": "formula", **rough}
     cfg = replace(cfg, hyperparams=replace(cfg.hyperparams, batch_size=cfg.hyperparams.batch_size // processes))
     estimate = None if formula > HOPELESS * budget else estimate_memory(cfg, device, vocab_size)
-    needed = estimate.peak_bytes if estimate else formula
+    needed, guess = (estimate.peak_bytes, not estimate.simulated) if estimate else (formula, False)
     if estimate is None or needed > budget:
-        raise MemoryBudgetError(f"memory: a step needs {needed / 1e9:.3g} GB, the budget is {budget / 1e9:.3g} GB; "
-                                + what_would_fit(cfg, budget, device, vocab_size, processes))
-    return {"method": "simulated", "predicted_bytes": estimate.peak_bytes, "budget_bytes": budget, **estimate.parts}
+        raise MemoryBudgetError(f"memory: a step needs {needed / 1e9:.3g} GB{f' ({BY_FORMULA})' * guess}, the budget is "
+                                f"{budget / 1e9:.3g} GB; {what_would_fit(cfg, budget, device, vocab_size, processes)}")
+    if guess:
+        warnings.warn(f"memory: a step needs {needed / 1e9:.3g} GB of {budget / 1e9:.3g} GB, {BY_FORMULA}", stacklevel=2)
+    return {"method": "formula" if guess else "simulated", "predicted_bytes": needed, "budget_bytes": budget, **estimate.parts}

@@ -29,6 +29,7 @@ PRIVATE = {
     ("loss", "torch.distributed._tools"): "in the notebook: MemTracker, see memory",
     ("memory", "torch._subclasses"): "FakeTensorMode: tensors without memory, the only way to run a step that does not fit",
     ("memory", "torch.distributed._tools"): "MemTracker: what each tensor of a step is for; it is published under this path only",
+    ("memory", "torch.utils._python_dispatch"): "TorchDispatchMode: documented as a tutorial, published under this path only",
     ("optim", "_step_supports_amp_scaling"): "how torch's optimizers say that they take GradScaler's tensors themselves",
     ("sparse_attention", "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu"): "the flash kernel that also gives the log-sum-exp",
     ("sparse_attention", "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward"): "its gradient",

@@ -1,12 +1,17 @@
 """Memory math: the prediction against the real allocator, units, and what happens when a run does not fit."""
 import importlib.util
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from mainrun_nb import memory
+from mainrun_nb.cli import memory_cli
 from mainrun_nb.config import InputError, load_config
 from mainrun_nb.memory import check_budget, estimate_memory, explain, inference_memory, measured_peak, memory_budget, simulate_step
+from mainrun_nb.sweep import examine
 
 ROOT = Path(__file__).resolve().parents[1]
 spec = importlib.util.spec_from_file_location("bench_memory", ROOT / "benchmarks/memory.py")
@@ -90,3 +95,47 @@ def test_inference(attention):
     cfg = load_config(overrides=[*TWO, f"model_configs.gpt.attention_layer={attention}"])
     one, four = (inference_memory(cfg, 3000, texts) for texts in (1, 4))
     assert one["parameters"] == four["parameters"] and four["cache"] == pytest.approx(4 * one["cache"], rel=0.01)
+
+
+DEEP = ["model_configs.gpt.n_layer=1000", "model_configs.gpt.d_model=8", "model_configs.gpt.hidden_layer=8", "attn_configs.causal.n_head=2",
+        "hyperparams.batch_size=1048576", "hyperparams.optimizer=adamw", "hyperparams.vocab_size=1000", "hyperparams.device=cpu"]
+
+
+def test_a_prediction_that_takes_too_long_is_by_formula(monkeypatch, tmp_path, capsys):
+    """From the command line, and where a sweep looks at a point; the advice has one time for all that it tries."""
+    counts, real = [], memory._parameters
+    monkeypatch.setattr(memory, "_parameters", lambda *args: counts.append(1) or real(*args))
+    monkeypatch.setattr(memory, "PATIENCE", 0.0)
+    shallow = [*DEEP, "model_configs.gpt.n_layer=3"]
+    status, reason = examine(None, [*shallow, "hyperparams.memory_budget_gb=40"])
+    assert status == "skipped" and "GB (by formula only, a guide: to simulate the step takes too long), the budget is 40 GB; " in reason
+    assert reason.endswith("with the same batch (by formula only)")
+    assert len(counts) == 3, "for the formulas, for what stands in for the simulation, and once for all that the advice tries"
+    with pytest.warns(UserWarning, match="memory: a step needs .* GB of 2e.03 GB, by formula only"):
+        assert examine(None, [*shallow, "hyperparams.memory_budget_gb=2000"]) == ("running", "")
+    (tmp_path / "c.yaml").write_text("{}")
+    with pytest.raises(SystemExit):
+        memory_cli(*shallow, config=str(tmp_path / "c.yaml"), budget=40.0)
+    assert "by formula only" in capsys.readouterr().out
+
+
+def test_the_time_is_looked_at_all_along(monkeypatch):
+    """Whichever operation the time ends before, the simulation ends as it should, and the next one is what it was."""
+    cfg = load_config(overrides=[*ONE, "hyperparams.optimizer=adamw", "hyperparams.context_length=16", "model_configs.gpt.dropout=0.1"])
+    whole, clock = simulate_step(cfg, 500)[0], []
+    monkeypatch.setattr(memory, "time", SimpleNamespace(monotonic=lambda: clock.append(1) or len(clock)))
+    assert simulate_step(cfg, 500, until=10**9)[0] == whole and len(clock) > 1000
+    for until in range(10, len(clock), len(clock) // 5):
+        clock.clear()
+        with pytest.raises(memory.TooLong):
+            simulate_step(cfg, 500, until=until)
+        assert until < len(clock) < until + 100  # asking for devices, which cannot be interrupted, in between
+    assert simulate_step(cfg, 500)[0] == whole
+
+
+@pytest.mark.slow
+def test_the_deepest_model_is_predicted_in_time():
+    """With the real clock: it is given up, or done."""
+    began = time.monotonic()
+    with pytest.raises(memory.TooLong):
+        simulate_step(load_config(overrides=DEEP), 1000, until=began + 2)

@@ -2,11 +2,12 @@
 import fcntl
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -766,3 +767,85 @@ def test_jobs_are_cut_to_the_gpus(tmp_path, base, pretend, monkeypatch):
     with pytest.warns(UserWarning, match="jobs: 5 were asked for, but there are 2 GPUs; 2 at a time"):
         pretend(search_of(tmp_path, f"method: grid\n{LRS}"), base, tmp_path / "out", trials=2, jobs=5)
     assert seen == [(2, ["4", "6"])]
+
+
+# --- killed and amended ---
+
+
+class Inline:
+    """An engine that trains in the sweep's own process. A run with seed 2 fails until there is a file `mended` beside the sweep."""
+
+    here = True
+
+    def __init__(self, jobs, address=None, gpus=()):
+        pass
+
+    def submit(self, folder, base, overrides, fast):
+        future, cfg = Future(), load_config(base, overrides)
+        try:
+            if cfg.hyperparams.seed == 2 and not (Path(folder).parents[1] / "mended").exists():
+                raise OSError("the disk is away")
+            train(cfg, Path(folder) / "run", progress=False, resume=True)
+            future.set_result({"status": "complete", "error": "", "seconds": 0.0})
+        except Exception as e:
+            future.set_exception(e)
+        return future
+
+    def close(self):
+        pass
+
+
+def staged(search, base, out, trials, retry):
+    """A stage of a sweep, begun or gone on with."""
+    sw.ENGINES["inline"] = Inline
+    run_sweep(search, base, out, trials=int(trials) or None, engine="inline", fast=True, progress=False, resume=Path(out).exists(),
+              retry=retry or None, failures=0)
+
+
+STAGED = "import sys; sys.path.insert(0, 'tests'); from test_sweep import staged; print('on', flush=True); staged(*sys.argv[1:])"
+
+
+def killed(args: list[str], trial: Path, pause: float, midway: bool) -> None:
+    """Run a stage in a process of its own and kill it, so many seconds after a trial has begun, or it or a later one has a checkpoint."""
+    reached = "run/checkpoints/*/*" if midway else "trial.json"
+    with subprocess.Popen([sys.executable, "-c", STAGED, *args], cwd=ROOT, stdout=subprocess.PIPE) as process:
+        wait_for(lambda: any(str(p) > str(trial) for p in trial.parent.glob(f"trial-*/{reached}")) or process.poll() is not None, 300)
+        time.sleep(pause)
+        assert process.poll() is None, "it had ended before it was killed"
+        process.kill()
+
+
+def staged_searches(tmp_path: Path, method: str) -> list[tuple[str, str, str]]:
+    """Search file, trials and --retry of three stages: the beginning, more values (of a random search more trials too), a retry."""
+    lr = "{values: [0.001, 0.01, 0.03, 0.1]}" if method == "grid" else "{distribution: log_uniform_values, min: 1.0e-4, max: 0.1}"
+    found = []
+    for name, seeds, trials, retry in (("a", [1, 2], 8, ""), ("b", [1, 2, 3, 4, 5], 20, ""), ("b", [], 20, "failed")):
+        if seeds:
+            (tmp_path / f"{name}.yaml").write_text(
+                f"method: {method}\nparameters: {{hyperparams.lr: {lr}, hyperparams.seed: {{values: {seeds}}}}}")
+        found.append((str(tmp_path / f"{name}.yaml"), "0" if method == "grid" else str(trials), retry))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["grid", "random"])
+def test_killed_amended_and_resumed_is_never_killed(tmp_path, base, method):
+    """Twenty real trials, killed at five random moments, amended twice: each is what it is where nothing was killed, to the last bit."""
+    base.write_text(BASE.replace("max_steps: 20", "max_steps: 120, save_every: 5"))
+    rng, stages = random.Random(method), staged_searches(tmp_path, method)
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    for i, (search, trials, retry) in enumerate(stages):
+        for name in ("whole", "cut"):
+            args, out = [search, str(base), str(tmp_path / name / "sweep"), trials, retry], tmp_path / name / "sweep"
+            if retry:
+                (tmp_path / name / "mended").touch()
+            moments = sorted(rng.sample([range(2, 7), range(9, 17)][i], [2, 3][i])) if name == "cut" and i < 2 else []
+            for k, number in enumerate(moments):
+                killed(args, out / f"trial-{number:04d}", rng.uniform(0, 0.5), midway=k > 0)
+            staged(*args)
+    whole, cut = (read_trials(tmp_path / name / "sweep") for name in ("whole", "cut"))
+    assert len(whole) == 20 and {t.status for t in whole} == {"complete"} and len({t.value for t in whole}) == 20
+    assert [(t.params, t.value, t.evaluations, t.error) for t in cut] == [(t.params, t.value, t.evaluations, t.error) for t in whole]
+    resumed = sum(e["event"] == "run_resumed" for t in cut for e in events(t.folder(tmp_path / "cut" / "sweep")))
+    assert resumed, "no run was cut short"
