@@ -25,8 +25,10 @@ from typing import Any
 
 import numpy as np
 
+from .checkpoint import collect, compare, read_sealed
 from .config import Config, InputError, flatten, load_config
 from .page import Picture, aligned, curve_row, spread, thinned
+from .tracking import as_event
 
 # %% ../nbs/29b_compare.ipynb #70270e81
 def number(value: Any) -> float | None:
@@ -101,38 +103,28 @@ class Run:
 def read_object(path: Path, faults: list[str]) -> dict[str, Any]:
     "A JSON object in a file; empty if there is no file, and where it cannot be read, which is noted."
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
-        faults.append(f"{path.name}: is no JSON object")
+        return {k: v for k, v in read_sealed(path).items() if k != "seal"}
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, RecursionError) as e:
-        faults.append(f"{path.name}: cannot be read ({e.strerror if isinstance(e, OSError) else 'no JSON'})")
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        faults.append(f"{path.name}: cannot be read (no JSON)")
+    except (OSError, ValueError) as e:
+        faults.append(f"{path.name}: cannot be read ({e.strerror if isinstance(e, OSError) else e})")
     return {}
 
 # %% ../nbs/29b_compare.ipynb #78f95f11
 def read_log(path: Path, faults: list[str]) -> list[dict[str, Any]]:
     "The events of a log. The last line may be under way; other lines that are no event are counted and noted."
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = path.read_bytes().splitlines()
     except OSError as e:
         if not isinstance(e, FileNotFoundError):
             faults.append(f"{path.name}: cannot be read ({e.strerror})")
         return []
-    events, bad = [], 0
-    for i, line in enumerate(lines):
-        try:
-            event = json.loads(line)
-        except (ValueError, RecursionError):
-            event = {} if i == len(lines) - 1 else None
-        if isinstance(event, dict) and isinstance(event.get("event", ""), str):
-            events += [event] if "event" in event else []
-        else:
-            bad += 1
-    if bad:
+    events = [as_event(line) for line in lines]
+    if bad := events[:-1].count(None):
         faults.append(f"{path.name}: {bad} of {len(lines)} lines are damaged")
-    return events
+    return [event for event in events if event]
 
 # %% ../nbs/29b_compare.ipynb #82f1cb98
 @cache
@@ -153,6 +145,13 @@ def read_settings(path: Path, faults: list[str]) -> dict[str, Any]:
     return {}
 
 # %% ../nbs/29b_compare.ipynb #73c853a1
+def mixed(folder: Path, run: Run) -> list[str]:
+    "The files of a run's folder that are another run's, and a log that ends before its run did."
+    short = run.status == "finished" and run.events and not run.last("run_finished")
+    found = [f"{file}: {why}" for file, why in compare(folder, collect(folder)).strangers.items()]
+    return found + ["metrics.jsonl: ends before the run did"] * bool(short)
+
+
 def read_run(folder: Path) -> Run:
     "A run from its folder."
     faults: list[str] = []
@@ -160,6 +159,7 @@ def read_run(folder: Path) -> Run:
     run = Run(folder.name, folder, "finished" if result else "unfinished", {}, result, events, faults=faults)
     given = {k: v for k, v in run.last("hyperparameters_configured").items() if "." in k}
     run.settings = {**defaults(), **(given or read_settings(folder / "config.yaml", faults))}
+    run.faults += mixed(folder, run)
     if not result:
         run.result = {k: v for k, v in run.last("validation_step").items() if k not in ("event", "timestamp", "seconds")}
         at = run.last("training_step") or run.last("validation_step")

@@ -8,6 +8,7 @@ __all__ = ['examine', 'Sweep', 'run_sweep', 'promote']
 # %% ../nbs/31_sweep.ipynb #638b98ab
 import json
 import os
+import secrets
 import signal
 import sys
 import threading
@@ -24,7 +25,8 @@ import yaml
 from tqdm.auto import tqdm
 
 from . import moved
-from .checkpoint import atomic_write, differences, run_lock
+from .check import other_base
+from .checkpoint import atomic_write, differences, read_sealed, require_one_run, run_lock, sealed
 from .config import Config, InputError, RunError, TrackingConfig, did_you_mean, flatten, load_config, save_config
 from .data import load_titles
 from .memory import MemoryBudgetError, check_budget, check_build
@@ -36,7 +38,7 @@ from .space import Setting
 from .tracking import has_key, sync_hint, wandb_mode
 from .trials import ENGINES, FINAL, EvaluationLog, Leaderboard, LocalEngine, Trial, disk_was_full, override, read_board
 from .trials import evaluations, watch_trial  # noqa: F401  likewise
-from .trials import read_record, read_trials, template, visible_gpus
+from .trials import read_record, read_trials, sweep_id, template, visible_gpus
 
 # %% ../nbs/31_sweep.ipynb #825ecb96
 def can_run(
@@ -134,6 +136,7 @@ class Sweep:
         self.base, self.chooser, self.failures, self.free = str((out_dir / "base.yaml").absolute()), chooser, failures, free
         self.tracking, self.signals = tracking or TrackingConfig(), []  # type: tuple[TrackingConfig, list[int]]
         self.trials = {t.number: t for t in read_trials(out_dir)}
+        self.id = sweep_id(out_dir, list(self.trials.values()))
         self.futures: dict[int, Any] = {}
         self.at_target: Trial | None = None  # the first that has reached the search's target, if it has one
         self.logs: dict[int, EvaluationLog] = {}
@@ -171,7 +174,7 @@ class Sweep:
         point = self.chooser.point(self.free_number) if len(self.trials) < self.wanted and not self.at_target else None
         if point is None:
             return None
-        trial = self.trials[self.free_number] = Trial(self.free_number, point)
+        trial = self.trials[self.free_number] = Trial(self.free_number, point, sweep=self.id)
         trial.save(self.out_dir)
         return trial
 
@@ -289,6 +292,16 @@ def record_of(search: Search, base: Config) -> dict[str, Any]:
     return {"search": search.raw, "metric": search.metric, "goal": search.goal, "configuration": flatten(base)}
 
 
+def kept_base(out: Path, record: dict[str, Any]) -> Config | None:
+    "The configuration in a sweep's folder; None if there is none. Raises `InputError` where it is not the one that sweep.json records."
+    path = out / "base.yaml"
+    if not path.exists():
+        return None
+    if differ := other_base(path, record):
+        raise InputError(f"{path}: is not the configuration in sweep.json: {', '.join(differ[:3])}; put the sweep's own back or remove it")
+    return load_config(path)
+
+
 def amended(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     "What a sweep's record says otherwise than it did and may not, in words."
     fixed = [{"method": "random", **{k: v for k, v in record["search"].items() if k not in FREE},
@@ -308,8 +321,11 @@ def check_sweep_folder(out: Path, record: dict[str, Any], base: Config, resume: 
         return
     if not resume:
         raise InputError(f"{out}: already holds a sweep; continue it with --resume or choose another --out")
-    differ = amended(json.loads(json.dumps(read_record(out))), json.loads(json.dumps(record))) if (out / "sweep.json").exists() else []
-    differ += differences(load_config(out / "base.yaml"), base) if (out / "base.yaml").exists() else []
+    sweep_id(out, read_trials(out))
+    old = read_record(out) if (out / "sweep.json").exists() else {}
+    differ = amended(old, json.loads(json.dumps(record))) if old else []
+    there = kept_base(out, old)
+    differ += differences(there, base) if there else []
     if differ:
         more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
         raise InputError(f"{out}: holds another sweep, and --resume cannot change {', '.join(differ[:3])}{more}")
@@ -336,7 +352,8 @@ def claimed(out: Path, record: dict[str, Any], base: Config, resume: bool) -> It
         check_sweep_folder(out, record, base, resume)  # again: somebody may have been faster
         save_config(base, out / ".base.yaml.tmp")
         os.replace(out / ".base.yaml.tmp", out / "base.yaml")
-        atomic_write(out / "sweep.json", json.dumps(record, indent=1))
+        own = {"sweep": sweep_id(out, read_trials(out)) or secrets.token_hex(4)}
+        atomic_write(out / "sweep.json", json.dumps(sealed({**record, **own}), indent=1))
         yield
 
 # %% ../nbs/31_sweep.ipynb #d81383d6
@@ -467,7 +484,8 @@ def promote(
         raise InputError(f"{target}: exists; choose another name")
     run_dir = best.folder(out) / "run"
     try:
-        result, cfg = json.loads((run_dir / "result.json").read_text()), load_config(run_dir / "config.yaml")
+        require_one_run(run_dir)
+        result, cfg = read_sealed(run_dir / "result.json"), load_config(run_dir / "config.yaml")
     except (OSError, ValueError) as e:  # somebody has cleaned up
         why = e if isinstance(e, InputError) else f"{run_dir / 'result.json'} cannot be read"
         raise InputError(f"{out}: trial {best.number} is the best, but its run is not whole ({why})") from None
