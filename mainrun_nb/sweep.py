@@ -260,7 +260,8 @@ class Sweep:
             finally:
                 self.interrupt()
         if first := self.at_target:
-            warnings.warn(f"{self.out_dir}: trial {first.number} has reached {self.search.target}; no more were started", stacklevel=2)
+            what = f"trial {first.number} has reached the target of {self.search.target}; no more were started"
+            warnings.warn(f"{self.out_dir}: {what}", stacklevel=2)
         if self.signals:
             raise Interrupted(f"{self.out_dir}: stopped by {signal.Signals(self.signals[0]).name}; --resume goes on", self.signals[0])
 
