@@ -17,6 +17,7 @@ import shlex
 import time
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -25,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint import collect, compare, read_sealed
+from .checkpoint import collect, compare, file_digest, read_sealed
 from .config import Config, InputError, flatten, load_config
 from .page import Picture, aligned, curve_row, spread, thinned
 from .tracking import as_event
@@ -146,10 +147,15 @@ def read_settings(path: Path, faults: list[str]) -> dict[str, Any]:
 
 # %% ../nbs/29b_compare.ipynb #73c853a1
 def mixed(folder: Path, run: Run) -> list[str]:
-    "The files of a run's folder that are another run's, and a log that ends before its run did."
-    short = run.status == "finished" and run.events and not run.last("run_finished")
-    found = [f"{file}: {why}" for file, why in compare(folder, collect(folder)).strangers.items()]
-    return found + ["metrics.jsonl: ends before the run did"] * bool(short)
+    "What in a run's folder is another run's, and what a finished run has written and is not there, or otherwise."
+    found, said = [f"{file}: {why}" for file, why in compare(folder, collect(folder)).strangers.items()], run.result.get("files")
+    if run.status == "finished" and not run.last("run_finished"):
+        found.append("metrics.jsonl: " + ("ends before the run did" if run.events else "holds nothing of the run"))
+    for name, digest in said.items() if isinstance(said, dict) else ():
+        with suppress(OSError):
+            if Path(name).name == name and not ((folder / name).exists() and file_digest(folder / name) == digest):
+                found.append(f"{name}: is missing, or not what the run wrote")
+    return found
 
 
 def read_run(folder: Path) -> Run:

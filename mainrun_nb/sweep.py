@@ -8,7 +8,6 @@ __all__ = ['examine', 'Sweep', 'run_sweep', 'promote']
 # %% ../nbs/31_sweep.ipynb #638b98ab
 import json
 import os
-import secrets
 import signal
 import sys
 import threading
@@ -31,14 +30,12 @@ from .config import Config, InputError, RunError, TrackingConfig, did_you_mean, 
 from .data import load_titles
 from .memory import MemoryBudgetError, check_budget, check_build
 from .runtime import Interrupted, in_log_file, noted_signals, pick_device
-from .search import Chooser, Search, for_wandb, grid_points, read_search
-from .search import Dimension, optuna_history, random_point  # noqa: F401  scripts import them from here
+from .search import Chooser, Dimension, Search, for_wandb, grid_points, optuna_history, random_point, read_search  # noqa: F401
 from .sources import check_file_name
 from .space import Setting
 from .tracking import has_key, sync_hint, wandb_mode
-from .trials import ENGINES, FINAL, EvaluationLog, Leaderboard, LocalEngine, Trial, disk_was_full, override, read_board
-from .trials import evaluations, watch_trial  # noqa: F401  likewise
-from .trials import read_record, read_trials, sweep_id, template, visible_gpus
+from .trials import ENGINES, FINAL, EvaluationLog, Leaderboard, LocalEngine, Trial, disk_was_full, evaluations, override
+from .trials import read_board, read_record, read_trials, sweep_id, template, visible_gpus, watch_trial  # noqa: F401  for scripts
 
 # %% ../nbs/31_sweep.ipynb #825ecb96
 def can_run(
@@ -135,9 +132,8 @@ class Sweep:
         self.search, self.out_dir, self.wanted, self.jobs, self.engine, self.fast = search, out_dir, trials, jobs, engine, fast
         self.base, self.chooser, self.failures, self.free = str((out_dir / "base.yaml").absolute()), chooser, failures, free
         self.tracking, self.signals = tracking or TrackingConfig(), []  # type: tuple[TrackingConfig, list[int]]
-        self.trials = {t.number: t for t in read_trials(out_dir)}
+        self.trials, self.futures = {t.number: t for t in read_trials(out_dir)}, {}  # type: dict[int, Trial], dict[int, Any]
         self.id = sweep_id(out_dir, list(self.trials.values()))
-        self.futures: dict[int, Any] = {}
         self.at_target: Trial | None = None  # the first that has reached the search's target, if it has one
         self.logs: dict[int, EvaluationLog] = {}
         self.ended, self.best, self.free_number, self.due = Counter[str](), None, 0, 0.0  # type: Counter[str], Trial | None, int, float
@@ -260,8 +256,8 @@ class Sweep:
             finally:
                 self.interrupt()
         if first := self.at_target:
-            what = f"trial {first.number} has reached the target of {self.search.target}; no more were started"
-            warnings.warn(f"{self.out_dir}: {what}", stacklevel=2)
+            what = f"trial {first.number} has reached the target of {self.search.target}"
+            warnings.warn(f"{self.out_dir}: {what}; no more were started", stacklevel=2)
         if self.signals:
             raise Interrupted(f"{self.out_dir}: stopped by {signal.Signals(self.signals[0]).name}; --resume goes on", self.signals[0])
 
@@ -293,16 +289,6 @@ def record_of(search: Search, base: Config) -> dict[str, Any]:
     return {"search": search.raw, "metric": search.metric, "goal": search.goal, "configuration": flatten(base)}
 
 
-def kept_base(out: Path, record: dict[str, Any]) -> Config | None:
-    "The configuration in a sweep's folder; None if there is none. Raises `InputError` where it is not the one that sweep.json records."
-    path = out / "base.yaml"
-    if not path.exists():
-        return None
-    if differ := other_base(path, record):
-        raise InputError(f"{path}: is not the configuration in sweep.json: {', '.join(differ[:3])}; put the sweep's own back or remove it")
-    return load_config(path)
-
-
 def amended(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     "What a sweep's record says otherwise than it did and may not, in words."
     fixed = [{"method": "random", **{k: v for k, v in record["search"].items() if k not in FREE},
@@ -312,7 +298,17 @@ def amended(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [f"{k} ({a.get(k)!r} there, {b.get(k)!r} here)" for k in {**a, **b}
             if a.get(k) != b.get(k) and not _grown(k, a.get(k), b.get(k), grid)]
 
+# %% ../nbs/31_sweep.ipynb #793b16d8
+def kept_base(out: Path, record: dict[str, Any]) -> Config | None:
+    "The configuration in a sweep's folder; None if there is none. Raises `InputError` where it is not the one that sweep.json records."
+    path = out / "base.yaml"
+    if not path.exists():
+        return None
+    if differ := other_base(path, record):
+        raise InputError(f"{path}: is not the configuration in sweep.json: {', '.join(differ[:3])}; put the sweep's own back or remove it")
+    return load_config(path)
 
+# %% ../nbs/31_sweep.ipynb #12f541f2
 def check_sweep_folder(out: Path, record: dict[str, Any], base: Config, resume: bool) -> None:
     "Refuse a folder that holds another sweep, or one that was not meant to be resumed. Raises `InputError`."
     begun = (out / "sweep.json").exists() or read_trials(out)
@@ -353,7 +349,7 @@ def claimed(out: Path, record: dict[str, Any], base: Config, resume: bool) -> It
         check_sweep_folder(out, record, base, resume)  # again: somebody may have been faster
         save_config(base, out / ".base.yaml.tmp")
         os.replace(out / ".base.yaml.tmp", out / "base.yaml")
-        own = {"sweep": sweep_id(out, read_trials(out)) or secrets.token_hex(4)}
+        own = {"sweep": sweep_id(out, read_trials(out)) or os.urandom(4).hex()}
         atomic_write(out / "sweep.json", json.dumps(sealed({**record, **own}), indent=1))
         yield
 

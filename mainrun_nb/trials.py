@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENGINES', 'override', 'Trial', 'read_trials', 'evaluations', 'is_read', 'effective', 'Leaderboard', 'read_record',
-           'sweep_id', 'read_board', 'template', 'watch_trial', 'visible_gpus']
+           'template', 'watch_trial', 'visible_gpus']
 
 # %% ../nbs/29a_trials.ipynb #b99fdd91
 import csv
@@ -271,7 +271,7 @@ def read_record(out_dir: str | Path) -> dict[str, Any]:
         pass
     raise InputError(f"{path}: is damaged; remove it, and mainrun-sweep --resume with the same search and --config writes it anew")
 
-
+# %% ../nbs/29a_trials.ipynb #aa579368
 def sweep_id(out_dir: str | Path, trials: list[Trial]) -> str:
     "The id of the sweep in a folder; empty where nothing says one. Raises `InputError` for a trial, or a sweep.json, of another sweep."
     record = read_record(out_dir) if (Path(out_dir) / "sweep.json").exists() else {}

@@ -781,9 +781,10 @@ def test_files_of_two_sweeps_are_not_taken_for_one(tmp_path, base, pretend):
             pretend(search, base, out, trials=3, resume=True)
         (out / name).write_bytes(files[name])
 
-    refused("trial-0001/trial.json", (other / "trial-0001/trial.json").read_bytes(), "trial-0001/trial.json: is of sweep .* sweep.json of")
+    stranger = (other / "trial-0001/trial.json").read_bytes()
+    refused("trial-0001/trial.json", stranger, "trial-0001/trial.json: is of sweep .* sweep.json of")
     refused("sweep.json", (other / "sweep.json").read_bytes(), "sweep.json: is of sweep .*, and trial-0000/trial.json of sweep")
-    refused("base.yaml", files["base.yaml"].replace(b"epochs: 50", b"epochs: 5"), r"base.yaml: is not the .* sweep.json: hyperparams.epochs")
+    refused("base.yaml", files["base.yaml"].replace(b"epochs: 50", b"epochs: 5"), "base.yaml: is not the .* sweep.json: hyperparams.epochs")
     refused("sweep.json", files["sweep.json"].replace(b"minimize", b"maximize"), "sweep.json: is damaged")
     (out / "sweep.json").unlink()
     pretend(search, base, out, trials=4, resume=True)
