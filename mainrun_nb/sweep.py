@@ -78,6 +78,9 @@ def _outcome_of(future: Any) -> dict[str, Any]:
     "What a watcher has to say; its own failure is the trial's."
     try:
         return future.result()
+    except OSError as e:  # of the machine, not of the trial: it is to run again
+        what = f"{Path(e.filename).name if e.filename else 'its folder'} cannot be used ({e.strerror or e})"
+        return {"status": "running", "error": what, "seconds": 0.0}
     except Exception as e:
         return {"status": "failed", "error": f"{type(e).__name__}: {' '.join(str(e).split())[:300]}", "seconds": 0.0}
 
@@ -211,8 +214,7 @@ class Sweep:
         if trial.behind:
             return self.settle(trial, "pruned")
         if status not in FINAL or disk_was_full(error):
-            what = "end it" if status not in FINAL else "make room"
-            raise RunError(f"{trial.folder(self.out_dir)}: {error}; {what}, and --resume goes on")
+            raise RunError(f"{trial.folder(self.out_dir)}: {error}{'; make room' * (status in FINAL)}, and --resume goes on")
         if status == "complete":
             status, error = trial.take_result(self.out_dir, self.search.metric)
         self.settle(trial, status, error)
@@ -298,7 +300,7 @@ def amended(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [f"{k} ({a.get(k)!r} there, {b.get(k)!r} here)" for k in {**a, **b}
             if a.get(k) != b.get(k) and not _grown(k, a.get(k), b.get(k), grid)]
 
-# %% ../nbs/31_sweep.ipynb #793b16d8
+# %% ../nbs/31_sweep.ipynb #24cb296b
 def kept_base(out: Path, record: dict[str, Any]) -> Config | None:
     "The configuration in a sweep's folder; None if there is none. Raises `InputError` where it is not the one that sweep.json records."
     path = out / "base.yaml"
@@ -308,7 +310,7 @@ def kept_base(out: Path, record: dict[str, Any]) -> Config | None:
         raise InputError(f"{path}: is not the configuration in sweep.json: {', '.join(differ[:3])}; put the sweep's own back or remove it")
     return load_config(path)
 
-# %% ../nbs/31_sweep.ipynb #12f541f2
+# %% ../nbs/31_sweep.ipynb #c7d0d3ae
 def check_sweep_folder(out: Path, record: dict[str, Any], base: Config, resume: bool) -> None:
     "Refuse a folder that holds another sweep, or one that was not meant to be resumed. Raises `InputError`."
     begun = (out / "sweep.json").exists() or read_trials(out)

@@ -271,7 +271,7 @@ def read_record(out_dir: str | Path) -> dict[str, Any]:
         pass
     raise InputError(f"{path}: is damaged; remove it, and mainrun-sweep --resume with the same search and --config writes it anew")
 
-# %% ../nbs/29a_trials.ipynb #aa579368
+# %% ../nbs/29a_trials.ipynb #5123dc2e
 def sweep_id(out_dir: str | Path, trials: list[Trial]) -> str:
     "The id of the sweep in a folder; empty where nothing says one. Raises `InputError` for a trial, or a sweep.json, of another sweep."
     record = read_record(out_dir) if (Path(out_dir) / "sweep.json").exists() else {}
@@ -376,7 +376,7 @@ def watch_trial(folder: str, base: str, overrides: list[str], fast: bool, env: d
     "Run a trial to its end, or until a file `stop` appears in its folder; its outcome: status, error, seconds."
     where, began, asked = Path(folder), time.perf_counter(), 0.0
     if not wait_for_folder(where / "run"):
-        return {"status": "running", "error": "another process is still training in this folder", "seconds": 0.0}
+        return {"status": "running", "error": "another process is still training in this folder; end it", "seconds": 0.0}
     with open(where / "trial.log", "ab") as log:
         start = log.tell()
         child = subprocess.Popen(trial_command(where, base, overrides, fast), stdout=log, stderr=log, start_new_session=True,
