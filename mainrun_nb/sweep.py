@@ -75,7 +75,7 @@ def examine(
 
 # %% ../nbs/31_sweep.ipynb #a44d7ae4
 def _outcome_of(future: Any) -> dict[str, Any]:
-    "What a watcher has to say; its own failure is the trial's."
+    "What a watcher has to say; an error of the machine is nobody's, any other failure of its own the trial's."
     try:
         return future.result()
     except OSError as e:  # of the machine, not of the trial: it is to run again
@@ -300,7 +300,7 @@ def amended(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [f"{k} ({a.get(k)!r} there, {b.get(k)!r} here)" for k in {**a, **b}
             if a.get(k) != b.get(k) and not _grown(k, a.get(k), b.get(k), grid)]
 
-# %% ../nbs/31_sweep.ipynb #24cb296b
+# %% ../nbs/31_sweep.ipynb #4de05107
 def kept_base(out: Path, record: dict[str, Any]) -> Config | None:
     "The configuration in a sweep's folder; None if there is none. Raises `InputError` where it is not the one that sweep.json records."
     path = out / "base.yaml"
@@ -310,7 +310,7 @@ def kept_base(out: Path, record: dict[str, Any]) -> Config | None:
         raise InputError(f"{path}: is not the configuration in sweep.json: {', '.join(differ[:3])}; put the sweep's own back or remove it")
     return load_config(path)
 
-# %% ../nbs/31_sweep.ipynb #c7d0d3ae
+# %% ../nbs/31_sweep.ipynb #3954a884
 def check_sweep_folder(out: Path, record: dict[str, Any], base: Config, resume: bool) -> None:
     "Refuse a folder that holds another sweep, or one that was not meant to be resumed. Raises `InputError`."
     begun = (out / "sweep.json").exists() or read_trials(out)

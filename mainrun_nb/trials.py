@@ -271,13 +271,14 @@ def read_record(out_dir: str | Path) -> dict[str, Any]:
         pass
     raise InputError(f"{path}: is damaged; remove it, and mainrun-sweep --resume with the same search and --config writes it anew")
 
-# %% ../nbs/29a_trials.ipynb #5123dc2e
+# %% ../nbs/29a_trials.ipynb #cb6d1ba7
 def sweep_id(out_dir: str | Path, trials: list[Trial]) -> str:
     "The id of the sweep in a folder; empty where nothing says one. Raises `InputError` for a trial, or a sweep.json, of another sweep."
     record = read_record(out_dir) if (Path(out_dir) / "sweep.json").exists() else {}
     said = {"sweep.json": str(record.get("sweep", "")), **{f"{t.name}/trial.json": t.sweep for t in trials}}
     said = {file: of for file, of in said.items() if of}
-    owner = max(said.values(), key=list(said.values()).count, default="")
+    votes = Counter(said.values())
+    owner = max(votes, key=votes.__getitem__, default="")  # of equals, what sweep.json says
     for file, of in said.items():
         if of != owner:
             own, remedy = next(f for f in said if said[f] == owner), "this file" if file == "sweep.json" else "the trial's folder"
