@@ -180,6 +180,7 @@ def trial_runs(sweep: Path) -> list[Run]:
     for folder in sorted(p for p in sweep.glob("trial-*") if p.is_dir()):
         run = read_run(folder / "run")
         record = read_object(folder / "trial.json", run.faults)
+        run.faults += ["trial.json: is missing"] * (not (folder / "trial.json").exists())
         run.name, run.sweep = f"{sweep.name}/{folder.name}", sweep
         run.varied = record["params"] if isinstance(record.get("params"), dict) else {}
         if not run.events:
