@@ -597,6 +597,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'mainrun_nb.runtime.Processes.gather': ('runtime.html#processes.gather', 'mainrun_nb/runtime.py'),
                                     'mainrun_nb.runtime.Processes.share': ('runtime.html#processes.share', 'mainrun_nb/runtime.py'),
                                     'mainrun_nb.runtime._git': ('runtime.html#_git', 'mainrun_nb/runtime.py'),
+                                    'mainrun_nb.runtime.all_come': ('runtime.html#all_come', 'mainrun_nb/runtime.py'),
                                     'mainrun_nb.runtime.as_table': ('runtime.html#as_table', 'mainrun_nb/runtime.py'),
                                     'mainrun_nb.runtime.ask': ('runtime.html#ask', 'mainrun_nb/runtime.py'),
                                     'mainrun_nb.runtime.device_info': ('runtime.html#device_info', 'mainrun_nb/runtime.py'),
