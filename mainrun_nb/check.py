@@ -18,8 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import PRODUCTS, TOKENIZER, collect, compare, file_digest, list_checkpoints, read_sealed, run_files, settings_of
-from .config import InputError, first_line, load_config
+from .checkpoint import PRODUCTS, TOKENIZER, collect, compare, decisive, file_digest, list_checkpoints
+from .checkpoint import read_sealed, run_files, settings_of
+from .config import InputError, first_line, flatten, load_config
 from .tokenizer import load_tokenizer
 from .tracking import ASIDE, as_event
 
@@ -125,16 +126,18 @@ def check_run(run_dir: Path) -> list[Finding]:
     return found if begun or over else [f for f in found if f.state != "missing" or f.file == "config.yaml"]
 
 # %% ../nbs/29_check.ipynb #375a0e29
-def check_trial(folder: Path) -> list[Finding]:
-    "The state of a trial's files and of its run's."
+def check_trial(folder: Path, sweep: str = "") -> list[Finding]:
+    "The state of a trial's files and of its run's; `sweep`: the id of the sweep that it is in."
     trial: dict[str, Any] = {}
 
     def read_trial() -> None:
-        trial.update(json.loads((folder / "trial.json").read_bytes()))
+        trial.update(read_sealed(folder / "trial.json"))
         if trial["number"] != int(folder.name.removeprefix("trial-")):
             raise ValueError(f"it is that of trial {trial['number']}")
 
     found, run = [reading("trial.json", read_trial)], folder / "run"
+    if sweep and trial.get("sweep", sweep) not in ("", sweep):
+        found[0] = Finding("trial.json", "of another run", f"of sweep {trial['sweep']}, and sweep.json of sweep {sweep}")
     begun = (run / "config.yaml").exists() or run_files(run) or trial.get("status") == "complete"
     inner = check_run(run) if begun else []
     own = settings_of(run) or {}
@@ -156,14 +159,34 @@ def check_database(path: Path) -> None:
             raise ValueError(said)
 
 
+def other_base(base: Path, record: dict[str, Any]) -> list[str]:
+    "The settings that decide numbers and are others in a sweep's base.yaml than in its record, in words."
+    now, said = decisive(flatten(load_config(base))), record.get("configuration", {})
+    then = decisive(said) if said else {}
+    same = lambda a, b: json.dumps(a).lower() == json.dumps(b).lower()  # noqa: E731  names may be in capitals
+    return [f"{k} ({then[k]!r} there, {v!r} here)" for k, v in now.items() if k in then and not same(then[k], v)]
+
+# %% ../nbs/29_check.ipynb #af23cc74
 def check_sweep(out: Path) -> list[Finding]:
     "The state of every file of a sweep's folder, its trials included."
-    found = [reading("sweep.json", lambda: json.loads((out / "sweep.json").read_bytes())["search"] and None),
-             reading("base.yaml", lambda: (out / "base.yaml").stat() and load_config(out / "base.yaml") and None)]
+    record: dict[str, Any] = {}
+    differ: list[str] = []
+
+    def read_record() -> None:
+        record.update(read_sealed(out / "sweep.json"))
+        record["search"]
+
+    def read_base() -> None:
+        (out / "base.yaml").stat()
+        differ.extend(other_base(out / "base.yaml", record))
+
+    found = [reading("sweep.json", read_record), reading("base.yaml", read_base)]
+    if differ:
+        found[1] = Finding("base.yaml", "of another run", f"{differ[0]}, by sweep.json")
     if (out / "optuna.db").exists():
         found.append(reading("optuna.db", lambda: check_database(out / "optuna.db")))
     for folder in sorted(p for p in out.glob("trial-*") if re.fullmatch(r"trial-\d{4,}", p.name)):
-        found += [Finding(f"{folder.name}/{f.file}", f.state, f.detail) for f in check_trial(folder)]
+        found += [Finding(f"{folder.name}/{f.file}", f.state, f.detail) for f in check_trial(folder, record.get("sweep", ""))]
     return found
 
 # %% ../nbs/29_check.ipynb #07d12eca

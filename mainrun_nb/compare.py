@@ -17,6 +17,7 @@ import shlex
 import time
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -25,8 +26,10 @@ from typing import Any
 
 import numpy as np
 
+from .checkpoint import collect, compare, file_digest, read_sealed
 from .config import Config, InputError, flatten, load_config
 from .page import Picture, aligned, curve_row, spread, thinned
+from .tracking import as_event
 
 # %% ../nbs/29b_compare.ipynb #70270e81
 def number(value: Any) -> float | None:
@@ -101,38 +104,28 @@ class Run:
 def read_object(path: Path, faults: list[str]) -> dict[str, Any]:
     "A JSON object in a file; empty if there is no file, and where it cannot be read, which is noted."
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
-        faults.append(f"{path.name}: is no JSON object")
+        return {k: v for k, v in read_sealed(path).items() if k != "seal"}
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, RecursionError) as e:
-        faults.append(f"{path.name}: cannot be read ({e.strerror if isinstance(e, OSError) else 'no JSON'})")
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        faults.append(f"{path.name}: cannot be read (no JSON)")
+    except (OSError, ValueError) as e:
+        faults.append(f"{path.name}: cannot be read ({e.strerror if isinstance(e, OSError) else e})")
     return {}
 
 # %% ../nbs/29b_compare.ipynb #78f95f11
 def read_log(path: Path, faults: list[str]) -> list[dict[str, Any]]:
     "The events of a log. The last line may be under way; other lines that are no event are counted and noted."
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = path.read_bytes().splitlines()
     except OSError as e:
         if not isinstance(e, FileNotFoundError):
             faults.append(f"{path.name}: cannot be read ({e.strerror})")
         return []
-    events, bad = [], 0
-    for i, line in enumerate(lines):
-        try:
-            event = json.loads(line)
-        except (ValueError, RecursionError):
-            event = {} if i == len(lines) - 1 else None
-        if isinstance(event, dict) and isinstance(event.get("event", ""), str):
-            events += [event] if "event" in event else []
-        else:
-            bad += 1
-    if bad:
+    events = [as_event(line) for line in lines]
+    if bad := events[:-1].count(None):
         faults.append(f"{path.name}: {bad} of {len(lines)} lines are damaged")
-    return events
+    return [event for event in events if event]
 
 # %% ../nbs/29b_compare.ipynb #82f1cb98
 @cache
@@ -153,6 +146,18 @@ def read_settings(path: Path, faults: list[str]) -> dict[str, Any]:
     return {}
 
 # %% ../nbs/29b_compare.ipynb #73c853a1
+def mixed(folder: Path, run: Run) -> list[str]:
+    "What in a run's folder is another run's, and what a finished run has written and is not there, or otherwise."
+    found, said = [f"{file}: {why}" for file, why in compare(folder, collect(folder)).strangers.items()], run.result.get("files")
+    if run.status == "finished" and not run.last("run_finished"):
+        found.append("metrics.jsonl: " + ("ends before the run did" if run.events else "holds nothing of the run"))
+    for name, digest in said.items() if isinstance(said, dict) else ():
+        with suppress(OSError):
+            if Path(name).name == name and not ((folder / name).exists() and file_digest(folder / name) == digest):
+                found.append(f"{name}: is missing, or not what the run wrote")
+    return found
+
+
 def read_run(folder: Path) -> Run:
     "A run from its folder."
     faults: list[str] = []
@@ -160,6 +165,7 @@ def read_run(folder: Path) -> Run:
     run = Run(folder.name, folder, "finished" if result else "unfinished", {}, result, events, faults=faults)
     given = {k: v for k, v in run.last("hyperparameters_configured").items() if "." in k}
     run.settings = {**defaults(), **(given or read_settings(folder / "config.yaml", faults))}
+    run.faults += mixed(folder, run)
     if not result:
         run.result = {k: v for k, v in run.last("validation_step").items() if k not in ("event", "timestamp", "seconds")}
         at = run.last("training_step") or run.last("validation_step")
@@ -174,6 +180,7 @@ def trial_runs(sweep: Path) -> list[Run]:
     for folder in sorted(p for p in sweep.glob("trial-*") if p.is_dir()):
         run = read_run(folder / "run")
         record = read_object(folder / "trial.json", run.faults)
+        run.faults += ["trial.json: is missing"] * (not (folder / "trial.json").exists())
         run.name, run.sweep = f"{sweep.name}/{folder.name}", sweep
         run.varied = record["params"] if isinstance(record.get("params"), dict) else {}
         if not run.events:

@@ -426,7 +426,7 @@ def merge_node(conf: DictConfig, node: dict, where: str, path: str = "") -> None
             raise InputError(f"{where}: '{key}' must be of type {expected}, found {shown(value)}") from None
 
 # %% ../nbs/00_config.ipynb #b8074c55
-BYTES, LEVELS = 2**20, 50  # the largest configuration file, and the deepest key or interpolation
+BYTES, LEVELS = 100_000, 50  # the largest configuration file, and the deepest key or interpolation
 PLAIN = re.compile(r"\$\{\s*(?:oc\.env:\s*(?:HN_TITLES|MAINRUN_\w*)\s*(?:,[^${}]*)?|\.*\w[\w.\[\]]*)\}")  # innermost, and allowed
 
 
@@ -451,7 +451,7 @@ def _config_text(path: Path) -> str:
         with open(path, "rb") as file:
             raw = file.read(BYTES + 1)
         if len(raw) > BYTES:
-            raise InputError(f"{path}: larger than a configuration can be ({BYTES // 2**20} MB)")
+            raise InputError(f"{path}: larger than a configuration can be ({BYTES // 1000} kB)")
         return raw.decode("utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from .config import Config, InputError, first_line, load_config
@@ -155,7 +156,7 @@ def _write_gpt2(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
         raise RuntimeError(f"weights without a counterpart: {[*unknown, *missing]}")
     twin.generation_config.max_length = model.context_length  # transformers would stop at 20 tokens
     twin.save_pretrained(folder)
-    opening_titles(hf_tokenizer(tokenizer)).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(opening_titles(hf_tokenizer(tokenizer)).to_str(pretty=True), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps({
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.context_length, "clean_up_tokenization_spaces": False,
         "bos_token": "<eos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>",
@@ -181,8 +182,8 @@ def export_gpt2(
         draft.mkdir(parents=True)
         _write_gpt2(model, tokenizer, draft)
         draft.replace(folder)
-    except OSError as e:
-        raise InputError(f"{folder}: cannot be written ({e.strerror or e})") from None
+    except (OSError, SafetensorError) as e:  # of the weights' writer, which has no errors of the system's
+        raise InputError(f"{folder}: cannot be written ({getattr(e, 'strerror', None) or first_line(e)})") from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return folder

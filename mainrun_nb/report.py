@@ -533,8 +533,7 @@ def leaderboard_text(runs: list[Run], n: int = 20) -> str:
 
 def plot_runs(runs: list[Run]) -> list[Any]:
     "The losses of the recipes, where there are several, and the curves: pictures that a notebook shows, with `savefig(path)`."
-    found = recipes(runs)
-    colours = colours_of(found)
+    colours = colours_of(found := recipes(runs))
     some = losses(found, colours) if len(found) > 1 and found[0].loss is not None else None
     return [p for p in (some, curve_parts(found, colours)[0]) if p]
 
@@ -563,6 +562,8 @@ def make_report(
                                    extra_arguments=["--IPKernelApp.log_level=ERROR"])  # else it warns of its own TCP ports
     except papermill.PapermillExecutionError as e:
         raise (InputError if e.ename == "InputError" else RunError)(f"{page}: {e.evalue}") from None
+    except OSError as e:
+        raise InputError(f"{e.filename or target}: {e.strerror or e}") from None
     return page
 
 # %% ../nbs/32_report.ipynb #1ed3792b
@@ -571,8 +572,7 @@ def written(folders: list[Path]) -> list[tuple[str, int, int]]:
     found = []
     for kind, place in (at for folder in folders for at in places(folder)):
         below = (f for pattern in ("*", "run/*", "trial-*/*", "trial-*/run/*") for f in place.glob(f"{pattern}.json*"))
-        files = [place] if kind == "ledger" else below
-        for path in files:
+        for path in [place] if kind == "ledger" else below:
             with suppress(OSError):
                 found.append((str(path), path.stat().st_mtime_ns, path.stat().st_size))
     return sorted(found)

@@ -33,7 +33,7 @@ import torch.distributed as dist
 from fastcore.imports import in_jupyter
 
 import mainrun_nb
-from .config import Hyperparams, InputError, RunError, visible
+from .config import Hyperparams, InputError, RunError, first_line, visible
 
 # %% ../nbs/20_runtime.ipynb #542510c1
 def pick_device(name: str) -> torch.device:
@@ -223,6 +223,16 @@ def leave_job() -> None:
     gc.collect()
     dist.destroy_process_group()
 
+# %% ../nbs/20_runtime.ipynb #0a6fd259
+def all_come(count: int, seconds: float) -> dict[str, Any]:
+    "The job's store and this process's rank, once all processes have come. Raises `RunError` where one does not."
+    try:
+        store, rank, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=seconds))))
+    except RuntimeError as e:
+        why = f"not all {count} processes of this job have come within {seconds:g} s"
+        raise RunError(f"{why} ({first_line(e)[:200]}); --resume goes on from the last checkpoint") from None
+    return {"store": dist.PrefixStore("mainrun", store), "rank": rank, "world_size": count}
+
 # %% ../nbs/20_runtime.ipynb #cb258271
 @contextmanager
 def joined(
@@ -235,7 +245,8 @@ def joined(
         yield Processes()
         return
     if own:  # who waits for how long is the heartbeat's business
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
+        met = all_come(count, 10 * heartbeat)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7), **met)
     world: Any = dist.group.WORLD
     heart = Heartbeat(dist.get_rank(), count, world.get_group_store().clone(), heartbeat)
     try:

@@ -24,18 +24,18 @@ import yaml
 from tqdm.auto import tqdm
 
 from . import moved
-from .checkpoint import atomic_write, differences, run_lock
+from .check import other_base
+from .checkpoint import atomic_write, differences, read_sealed, require_one_run, run_lock, sealed
 from .config import Config, InputError, RunError, TrackingConfig, did_you_mean, flatten, load_config, save_config
 from .data import load_titles
 from .memory import MemoryBudgetError, check_budget, check_build
 from .runtime import Interrupted, in_log_file, noted_signals, pick_device
-from .search import Chooser, Search, for_wandb, grid_points, read_search
-from .search import Dimension, optuna_history, random_point  # noqa: F401  scripts import them from here
+from .search import Chooser, Dimension, Search, for_wandb, grid_points, optuna_history, random_point, read_search  # noqa: F401
 from .sources import check_file_name
 from .space import Setting
 from .tracking import has_key, sync_hint, wandb_mode
 from .trials import ENGINES, FINAL, EvaluationLog, Leaderboard, LocalEngine, Trial, disk_was_full, evaluations, override
-from .trials import read_board, read_record, read_trials, template, visible_gpus, watch_trial  # noqa: F401  scripts import some from here
+from .trials import read_board, read_record, read_trials, sweep_id, template, visible_gpus, watch_trial  # noqa: F401  for scripts
 
 # %% ../nbs/31_sweep.ipynb #825ecb96
 def can_run(
@@ -75,9 +75,12 @@ def examine(
 
 # %% ../nbs/31_sweep.ipynb #a44d7ae4
 def _outcome_of(future: Any) -> dict[str, Any]:
-    "What a watcher has to say; its own failure is the trial's."
+    "What a watcher has to say; an error of the machine is nobody's, any other failure of its own the trial's."
     try:
         return future.result()
+    except OSError as e:  # of the machine, not of the trial: it is to run again
+        what = f"{Path(e.filename).name if e.filename else 'its folder'} cannot be used ({e.strerror or e})"
+        return {"status": "running", "error": what, "seconds": 0.0}
     except Exception as e:
         return {"status": "failed", "error": f"{type(e).__name__}: {' '.join(str(e).split())[:300]}", "seconds": 0.0}
 
@@ -132,8 +135,8 @@ class Sweep:
         self.search, self.out_dir, self.wanted, self.jobs, self.engine, self.fast = search, out_dir, trials, jobs, engine, fast
         self.base, self.chooser, self.failures, self.free = str((out_dir / "base.yaml").absolute()), chooser, failures, free
         self.tracking, self.signals = tracking or TrackingConfig(), []  # type: tuple[TrackingConfig, list[int]]
-        self.trials = {t.number: t for t in read_trials(out_dir)}
-        self.futures: dict[int, Any] = {}
+        self.trials, self.futures = {t.number: t for t in read_trials(out_dir)}, {}  # type: dict[int, Trial], dict[int, Any]
+        self.id = sweep_id(out_dir, list(self.trials.values()))
         self.at_target: Trial | None = None  # the first that has reached the search's target, if it has one
         self.logs: dict[int, EvaluationLog] = {}
         self.ended, self.best, self.free_number, self.due = Counter[str](), None, 0, 0.0  # type: Counter[str], Trial | None, int, float
@@ -170,7 +173,7 @@ class Sweep:
         point = self.chooser.point(self.free_number) if len(self.trials) < self.wanted and not self.at_target else None
         if point is None:
             return None
-        trial = self.trials[self.free_number] = Trial(self.free_number, point)
+        trial = self.trials[self.free_number] = Trial(self.free_number, point, sweep=self.id)
         trial.save(self.out_dir)
         return trial
 
@@ -211,8 +214,7 @@ class Sweep:
         if trial.behind:
             return self.settle(trial, "pruned")
         if status not in FINAL or disk_was_full(error):
-            what = "end it" if status not in FINAL else "make room"
-            raise RunError(f"{trial.folder(self.out_dir)}: {error}; {what}, and --resume goes on")
+            raise RunError(f"{trial.folder(self.out_dir)}: {error}{'; make room' * (status in FINAL)}, and --resume goes on")
         if status == "complete":
             status, error = trial.take_result(self.out_dir, self.search.metric)
         self.settle(trial, status, error)
@@ -256,7 +258,8 @@ class Sweep:
             finally:
                 self.interrupt()
         if first := self.at_target:
-            warnings.warn(f"{self.out_dir}: trial {first.number} has reached {self.search.target}; no more were started", stacklevel=2)
+            what = f"trial {first.number} has reached the target of {self.search.target}"
+            warnings.warn(f"{self.out_dir}: {what}; no more were started", stacklevel=2)
         if self.signals:
             raise Interrupted(f"{self.out_dir}: stopped by {signal.Signals(self.signals[0]).name}; --resume goes on", self.signals[0])
 
@@ -297,7 +300,17 @@ def amended(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [f"{k} ({a.get(k)!r} there, {b.get(k)!r} here)" for k in {**a, **b}
             if a.get(k) != b.get(k) and not _grown(k, a.get(k), b.get(k), grid)]
 
+# %% ../nbs/31_sweep.ipynb #4de05107
+def kept_base(out: Path, record: dict[str, Any]) -> Config | None:
+    "The configuration in a sweep's folder; None if there is none. Raises `InputError` where it is not the one that sweep.json records."
+    path = out / "base.yaml"
+    if not path.exists():
+        return None
+    if differ := other_base(path, record):
+        raise InputError(f"{path}: is not the configuration in sweep.json: {', '.join(differ[:3])}; put the sweep's own back or remove it")
+    return load_config(path)
 
+# %% ../nbs/31_sweep.ipynb #3954a884
 def check_sweep_folder(out: Path, record: dict[str, Any], base: Config, resume: bool) -> None:
     "Refuse a folder that holds another sweep, or one that was not meant to be resumed. Raises `InputError`."
     begun = (out / "sweep.json").exists() or read_trials(out)
@@ -307,8 +320,11 @@ def check_sweep_folder(out: Path, record: dict[str, Any], base: Config, resume: 
         return
     if not resume:
         raise InputError(f"{out}: already holds a sweep; continue it with --resume or choose another --out")
-    differ = amended(json.loads(json.dumps(read_record(out))), json.loads(json.dumps(record))) if (out / "sweep.json").exists() else []
-    differ += differences(load_config(out / "base.yaml"), base) if (out / "base.yaml").exists() else []
+    sweep_id(out, read_trials(out))
+    old = read_record(out) if (out / "sweep.json").exists() else {}
+    differ = amended(old, json.loads(json.dumps(record))) if old else []
+    there = kept_base(out, old)
+    differ += differences(there, base) if there else []
     if differ:
         more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
         raise InputError(f"{out}: holds another sweep, and --resume cannot change {', '.join(differ[:3])}{more}")
@@ -335,7 +351,8 @@ def claimed(out: Path, record: dict[str, Any], base: Config, resume: bool) -> It
         check_sweep_folder(out, record, base, resume)  # again: somebody may have been faster
         save_config(base, out / ".base.yaml.tmp")
         os.replace(out / ".base.yaml.tmp", out / "base.yaml")
-        atomic_write(out / "sweep.json", json.dumps(record, indent=1))
+        own = {"sweep": sweep_id(out, read_trials(out)) or os.urandom(4).hex()}
+        atomic_write(out / "sweep.json", json.dumps(sealed({**record, **own}), indent=1))
         yield
 
 # %% ../nbs/31_sweep.ipynb #d81383d6
@@ -466,7 +483,8 @@ def promote(
         raise InputError(f"{target}: exists; choose another name")
     run_dir = best.folder(out) / "run"
     try:
-        result, cfg = json.loads((run_dir / "result.json").read_text()), load_config(run_dir / "config.yaml")
+        require_one_run(run_dir)
+        result, cfg = read_sealed(run_dir / "result.json"), load_config(run_dir / "config.yaml")
     except (OSError, ValueError) as e:  # somebody has cleaned up
         why = e if isinstance(e, InputError) else f"{run_dir / 'result.json'} cannot be read"
         raise InputError(f"{out}: trial {best.number} is the best, but its run is not whole ({why})") from None

@@ -368,6 +368,7 @@ class Run:
 
     def finish(self) -> dict[str, Any]:
         "Samples, curves and result.json; the result."
+        sweep_scratch(self.run_dir)  # of a checkpoint that could not be removed
         with final_weights(self.state, self.hp.compile) as model:
             titles = write_titles(model, self.data.tokenizer, n=5, temperature=0.8, seed=self.hp.seed, max_tokens=64)
         atomic_write(self.run_dir / "samples.txt", "\n".join(titles) + "\n")

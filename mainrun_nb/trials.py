@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENGINES', 'override', 'Trial', 'read_trials', 'evaluations', 'is_read', 'effective', 'Leaderboard', 'read_record',
-           'read_board', 'template', 'watch_trial', 'visible_gpus']
+           'template', 'watch_trial', 'visible_gpus']
 
 # %% ../nbs/29a_trials.ipynb #b99fdd91
 import csv
@@ -30,9 +30,10 @@ from typing import Any
 import torch
 import yaml
 
-from .checkpoint import atomic_write, lock
+from .checkpoint import atomic_write, lock, read_sealed, sealed
 from .config import InputError, RunError
 from .runtime import ask
+from .tracking import as_event
 
 # %% ../nbs/29a_trials.ipynb #f1a7c0de
 FINAL = ("complete", "pruned", "failed", "skipped", "invalid")  # how a trial may end
@@ -56,6 +57,7 @@ class Trial:
     evaluations: list[float] = field(default_factory=list)  # the metric at each evaluation that counted, in order
     behind: bool = False  # the pruner has spoken; what comes later does not count
     metrics: dict[str, Any] = field(default_factory=dict)  # of result.json, without its sections
+    sweep: str = ""  # the id of its sweep; empty: from before sweeps had ids
 
     @property
     def name(self) -> str:
@@ -74,7 +76,7 @@ class Trial:
     def save(self, out_dir: Path) -> None:
         "Write trial.json, whole or not at all."
         self.folder(out_dir).mkdir(parents=True, exist_ok=True)
-        atomic_write(self.folder(out_dir) / "trial.json", json.dumps(asdict(self), indent=1))
+        atomic_write(self.folder(out_dir) / "trial.json", json.dumps(sealed(asdict(self)), indent=1))
 
     def again(self) -> None:
         "Forget how it ended: it is to run once more, in the same folder, from its last checkpoint if there is one."
@@ -98,7 +100,7 @@ class Trial:
 def _read_trial(path: Path) -> Trial:
     "The trial in a trial.json. Raises `InputError` for a damaged one."
     try:
-        trial = Trial(**json.loads(path.read_text(encoding="utf-8")))
+        trial = Trial(**{k: v for k, v in read_sealed(path).items() if k != "seal"})
         sound = trial.name == path.parent.name and isinstance(trial.params, dict) and trial.status in (*FINAL, "running")
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror})") from None
@@ -140,12 +142,10 @@ class EvaluationLog:
     def read(self) -> list[float]:
         "The values so far."
         for line in self.fresh():
-            if b'"validation_step"' in line:
-                with suppress(ValueError, TypeError, AttributeError, KeyError):
-                    event = json.loads(line)
-                    if event["step"] > self.step and event.get(self.metric) is not None:
-                        self.values.append(event[self.metric])
-                        self.step = event["step"]
+            event = as_event(line) if b'"validation_step"' in line else None
+            if event and event.get("step", -1) > self.step and isinstance(event.get(self.metric), int | float):
+                self.values.append(event[self.metric])
+                self.step = event["step"]
         return self.values
 
 # %% ../nbs/29a_trials.ipynb #51a28d81
@@ -260,8 +260,8 @@ def read_record(out_dir: str | Path) -> dict[str, Any]:
     "What a sweep's folder says of the sweep: the content of sweep.json. Raises `InputError`."
     path = Path(out_dir) / "sweep.json"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(record, dict) and {"search", "metric", "goal", "configuration"} <= set(record):
+        record = read_sealed(path)
+        if all(isinstance(record.get(k), kind) for k, kind in (("search", dict), ("configuration", dict), ("metric", str), ("goal", str))):
             return record
     except FileNotFoundError:
         raise InputError(f"{out_dir}: is not the folder of a sweep: it has no sweep.json") from None
@@ -271,11 +271,26 @@ def read_record(out_dir: str | Path) -> dict[str, Any]:
         pass
     raise InputError(f"{path}: is damaged; remove it, and mainrun-sweep --resume with the same search and --config writes it anew")
 
+# %% ../nbs/29a_trials.ipynb #cb6d1ba7
+def sweep_id(out_dir: str | Path, trials: list[Trial]) -> str:
+    "The id of the sweep in a folder; empty where nothing says one. Raises `InputError` for a trial, or a sweep.json, of another sweep."
+    record = read_record(out_dir) if (Path(out_dir) / "sweep.json").exists() else {}
+    said = {"sweep.json": str(record.get("sweep", "")), **{f"{t.name}/trial.json": t.sweep for t in trials}}
+    said = {file: of for file, of in said.items() if of}
+    votes = Counter(said.values())
+    owner = max(votes, key=votes.__getitem__, default="")  # of equals, what sweep.json says
+    for file, of in said.items():
+        if of != owner:
+            own, remedy = next(f for f in said if said[f] == owner), "this file" if file == "sweep.json" else "the trial's folder"
+            raise InputError(f"{out_dir}/{file}: is of sweep {of}, and {own} of sweep {owner}; put its own back or remove {remedy}")
+    return owner
+
 
 def read_board(out_dir: str | Path) -> Leaderboard:
-    "The leaderboard of a sweep's folder. Raises `InputError` if it is none."
-    record = read_record(out_dir)
-    return Leaderboard(read_trials(out_dir), record["metric"], record["goal"])
+    "The leaderboard of a sweep's folder. Raises `InputError` if it is none, and for files of different sweeps."
+    record, trials = read_record(out_dir), read_trials(out_dir)
+    sweep_id(out_dir, trials)
+    return Leaderboard(trials, record["metric"], record["goal"])
 
 # %% ../nbs/29a_trials.ipynb #b6fc1401
 def template(name: str) -> Path:
@@ -362,7 +377,7 @@ def watch_trial(folder: str, base: str, overrides: list[str], fast: bool, env: d
     "Run a trial to its end, or until a file `stop` appears in its folder; its outcome: status, error, seconds."
     where, began, asked = Path(folder), time.perf_counter(), 0.0
     if not wait_for_folder(where / "run"):
-        return {"status": "running", "error": "another process is still training in this folder", "seconds": 0.0}
+        return {"status": "running", "error": "another process is still training in this folder; end it", "seconds": 0.0}
     with open(where / "trial.log", "ab") as log:
         start = log.tell()
         child = subprocess.Popen(trial_command(where, base, overrides, fast), stdout=log, stderr=log, start_new_session=True,

@@ -357,7 +357,7 @@ def test_a_sweep_of_an_earlier_version_goes_on(tmp_path, base, pretend):
     pretend(search, base, out, trials=2)
     record = json.loads((out / "sweep.json").read_text())
     record["configuration"]["hyperparams.optimizer"] = "AdamW"
-    del record["configuration"]["hyperparams.amp_bool"]
+    del record["configuration"]["hyperparams.amp_bool"], record["seal"], record["sweep"]
     (out / "sweep.json").write_text(json.dumps(record))
     kept = yaml.safe_load((out / "base.yaml").read_text())
     kept["hyperparams"]["optimizer"] = "AdamW"
@@ -767,6 +767,29 @@ def test_jobs_are_cut_to_the_gpus(tmp_path, base, pretend, monkeypatch):
     with pytest.warns(UserWarning, match="jobs: 5 were asked for, but there are 2 GPUs; 2 at a time"):
         pretend(search_of(tmp_path, f"method: grid\n{LRS}"), base, tmp_path / "out", trials=2, jobs=5)
     assert seen == [(2, ["4", "6"])]
+
+
+def test_files_of_two_sweeps_are_not_taken_for_one(tmp_path, base, pretend):
+    """The same search, base and trial numbers: only the ids tell whose a file is; one flipped bit breaks a seal."""
+    search, out, other = search_of(tmp_path, f"method: grid\n{LRS}"), tmp_path / "out", tmp_path / "other"
+    pretend(search, base, out, trials=3)
+    pretend(search, base, other, trials=3)
+    files = {name: (out / name).read_bytes() for name in ("sweep.json", "base.yaml", "trial-0001/trial.json")}
+
+    def refused(name: str, content: bytes, words: str) -> None:
+        (out / name).write_bytes(content)
+        with pytest.raises(InputError, match=words):
+            pretend(search, base, out, trials=3, resume=True)
+        (out / name).write_bytes(files[name])
+
+    stranger = (other / "trial-0001/trial.json").read_bytes()
+    refused("trial-0001/trial.json", stranger, "trial-0001/trial.json: is of sweep .* sweep.json of")
+    refused("sweep.json", (other / "sweep.json").read_bytes(), "sweep.json: is of sweep .*, and trial-0000/trial.json of sweep")
+    refused("base.yaml", files["base.yaml"].replace(b"epochs: 50", b"epochs: 5"), "base.yaml: is not the .* sweep.json: hyperparams.epochs")
+    refused("sweep.json", files["sweep.json"].replace(b"minimize", b"maximize"), "sweep.json: is damaged")
+    (out / "sweep.json").unlink()
+    pretend(search, base, out, trials=4, resume=True)
+    assert len({t.sweep for t in read_trials(out)}) == 1, "a record that was lost gets the trials' id"
 
 
 # --- killed and amended ---

@@ -30,11 +30,12 @@ class Ground:
         if (self.folder / "trials").exists():
             return
         for rate in RATES + OTHER_RATES:
-            self.do("mainrun-train", "--config", "small.yaml", "--out", f"trials/{rate}", f"hyperparams.lr={rate}")
+            more = OTHER if rate in OTHER_RATES else ()
+            self.do("mainrun-train", "--config", "small.yaml", "--out", f"trials/{rate}", f"hyperparams.lr={rate}", *more)
         self.do("mainrun-sweep")
         shutil.copytree(self.folder / "sweep", self.folder / "half-sweep")
         shutil.rmtree(self.folder / "half-sweep" / "trial-0001")
-        self.do("mainrun-sweep", "other.yaml", *(word.replace("sweep", "other-sweep") for word in SWEEP[1:-2]))
+        self.do("mainrun-sweep", "other.yaml", *(word.replace("sweep", "other-sweep") for word in SWEEP[1:-2]), *OTHER)
 
     def do(self, name: str, *arguments: str) -> Done:
         """Run a command that must succeed."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from ground import Case, Done, Ground
 from judge import Wrong, check_refusal, check_words, same_run
 
-COMMAND = ("mainrun-train", "--config", "small.yaml", "--out", "run", "--resume")
+COMMAND = ("mainrun-train", "--config", "small.yaml", "--out", "run", "--resume", "hyperparams.heartbeat=6")
 
 
 def run(ground: Ground, where: Path, ranks: int, kill: tuple[int, float] | None = None) -> Done:
@@ -15,7 +15,7 @@ def run(ground: Ground, where: Path, ranks: int, kill: tuple[int, float] | None 
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])} if ranks > 1 else {}
-    return ground.run(where, *COMMAND, ranks=ranks, kill=kill, env=env, limit=100)
+    return ground.run(where, *COMMAND, ranks=ranks, kill=kill, env=env, limit=200)
 
 
 def whole(ground: Ground, ranks: int) -> tuple[Path, float]:

@@ -46,11 +46,11 @@ M = "mainrun_nb."
 PLANTS = [
     Plant("a file that is not replaced but overwritten", M + "sources:atomic_write", "os.replace(scratch, path)",
           "path.write_bytes(data.encode() if isinstance(data, str) else data)", "writes",
-          "a resumed run", ("kill", "write run/result.json")),
+          "a run", ("kill", "write run/config.yaml")),
     Plant("checksums of a checkpoint not compared", M + "checkpoint:read_checkpoint", "!= expected", "== 'x'", "damage",
           "resume half a run", ("step-00000004", "flipped")),
     Plant("a lock ignored", M + "checkpoint:lock", "return False", "return True", "writes", "a resumed run", ("in use",), 1),
-    Plant("a log emptied on resume", M + "tracking:cut_log", "os.truncate(path, kept)", "os.truncate(path, 0)", "writes",
+    Plant("a log emptied on resume", M + "tracking:replace_log", "os.truncate(path, len(whole))", "os.truncate(path, 0)", "writes",
           "a resumed run", ("EINVAL",)),
     Plant("an error swallowed", M + "checkpoint:save_checkpoint", "raise RunError", "return final\n        raise RunError", "writes",
           "a resumed run", ("EIO", ".step-00000006"), 12),
