@@ -166,7 +166,7 @@ def other_base(base: Path, record: dict[str, Any]) -> list[str]:
     same = lambda a, b: json.dumps(a).lower() == json.dumps(b).lower()  # noqa: E731  names may be in capitals
     return [f"{k} ({then[k]!r} there, {v!r} here)" for k, v in now.items() if k in then and not same(then[k], v)]
 
-# %% ../nbs/29_check.ipynb #af23cc74
+# %% ../nbs/29_check.ipynb #c66f62b8
 def check_sweep(out: Path) -> list[Finding]:
     "The state of every file of a sweep's folder, its trials included."
     record: dict[str, Any] = {}
