@@ -368,7 +368,7 @@ def check_build(cfg: Config) -> None:
 class MemoryBudgetError(InputError):
     "A run that cannot fit in its memory budget."
 
-
+# %% ../nbs/22_memory.ipynb #664235d6
 def check_budget(
     cfg: Config,
     vocab_size: int,

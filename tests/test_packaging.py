@@ -27,9 +27,10 @@ def wheel(tmp_path_factory) -> Path:
     """The wheel of the files that git knows, built without a network."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     names = ["settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"]
-    for path in [ROOT / n for n in names] + [*(ROOT / "mainrun_nb").glob("*.py"), ROOT / "mainrun_nb" / "py.typed"]:
+    package = [p for p in (ROOT / "mainrun_nb").rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    for path in [*(ROOT / n for n in names), *package]:
         target = source / path.relative_to(ROOT)
-        target.parent.mkdir(exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())
     subprocess.run([*PIP, "wheel", "--no-build-isolation", "--no-deps", "--no-index", "-w", out, source], check=True)
     (found,) = out.glob("*.whl")
