@@ -111,7 +111,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(content, dict):
-        raise ValueError(f"it holds a {type(content).__name__}")
+        raise ValueError("it is no JSON object")
     if "seal" in content and sealed({k: v for k, v in content.items() if k != "seal"}) != content:
         raise ValueError("its seal does not match its content")
     return content
