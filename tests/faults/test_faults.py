@@ -52,7 +52,7 @@ def test_a_few(ground, kind, words, count):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "count"), [("writes", 80), ("damage", 160), ("configs", 500), ("stdio", 40), ("kills", 12)])
+@pytest.mark.parametrize(("kind", "count"), [("writes", 24), ("damage", 48), ("configs", 500), ("stdio", 20), ("kills", 4)])
 def test_more(ground, kind, count):
     survived(ground, sample(cases_of(kind, ground), count))
 
