@@ -78,7 +78,7 @@ def test_a_mistake_is_an_error_in_the_notebook(tmp_path, args, says):
 def test_a_sweep_of_notebooks_keeps_the_one_that_failed(tmp_path):
     """A run whose loss explodes, a setting that is refused, and a good one; the good one is what --fast makes of it."""
     (tmp_path / "search.yaml").write_text("method: grid\nparameters: {hyperparams.lr: {values: [1.0e+9, 1.0e-3]}}")
-    (tmp_path / "modes.yaml").write_text("method: grid\nparameters: {hyperparams.scheduler: {values: [cosin]}}")
+    (tmp_path / "modes.yaml").write_text("method: grid\nparameters: {attn_configs.causal.n_head: {values: [7]}}")
     base = ROOT / "sweeps/base/quickstart.yaml"
     settings = [*TINY[:1], "hyperparams.max_steps=14", *TINY[2:]]
     board = run_sweep(tmp_path / "search.yaml", base, tmp_path / "out", jobs=2, overrides=settings, progress=False)
@@ -89,5 +89,5 @@ def test_a_sweep_of_notebooks_keeps_the_one_that_failed(tmp_path):
     assert counted(fast.best.metrics) == counted(board.best.metrics)
     assert fast.trials[0].error == board.trials[0].error.replace("/out/", "/fast/")
     for i, quick in enumerate((False, True)):
-        with pytest.raises(RunError, match=r"no trial is complete \(1 invalid\); trial 0: hyperparams.scheduler: must be .*found 'cosin'"):
+        with pytest.raises(RunError, match=r"no trial is complete \(1 invalid\); trial 0: .*7 heads do not divide"):
             run_sweep(tmp_path / "modes.yaml", base, tmp_path / f"m{i}", fast=quick, overrides=settings, progress=False)
