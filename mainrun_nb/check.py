@@ -48,21 +48,24 @@ def reading(file: str, read: Callable[[], Any]) -> Finding:
         return Finding(file, "damaged", text.split(": ", 1)[-1] if isinstance(e, InputError) else text)
 
 # %% ../nbs/29_check.ipynb #123f2013
+def read_numbered(path: Path, key: str, into: dict[str, Any]) -> None:
+    "Read a sealed file into a dict. Raises `ValueError` if the number that it says is not the one in its folder's name."
+    into.update(read_sealed(path))
+    kind, _, number = path.parent.name.rpartition("-")
+    if into[key] != int(number):
+        raise ValueError(f"it is that of {kind} {into[key]}")
+
+# %% ../nbs/29_check.ipynb #d1f968e0
 def check_checkpoint(path: Path) -> list[Finding]:
     "The state of a checkpoint's files."
     manifest: dict[str, Any] = {}
-
-    def read_manifest() -> None:
-        manifest.update(read_sealed(path / "manifest.json"))
-        if manifest["step"] != int(path.name.removeprefix("step-")):
-            raise ValueError(f"it is that of step {manifest['step']}")
 
     def verify(name: str) -> None:
         if hashlib.sha256((path / name).read_bytes()).hexdigest() != manifest.get("sha256", {}).get(name):
             raise ValueError("the manifest does not vouch for it")
 
     where = f"checkpoints/{path.name}"
-    return [reading(f"{where}/manifest.json", read_manifest),
+    return [reading(f"{where}/manifest.json", lambda: read_numbered(path / "manifest.json", "step", manifest)),
             *(reading(f"{where}/{name}", partial(verify, name)) for name in ("model.safetensors", "state.pt"))]
 
 
@@ -129,13 +132,7 @@ def check_run(run_dir: Path) -> list[Finding]:
 def check_trial(folder: Path, sweep: str = "") -> list[Finding]:
     "The state of a trial's files and of its run's; `sweep`: the id of the sweep that it is in."
     trial: dict[str, Any] = {}
-
-    def read_trial() -> None:
-        trial.update(read_sealed(folder / "trial.json"))
-        if trial["number"] != int(folder.name.removeprefix("trial-")):
-            raise ValueError(f"it is that of trial {trial['number']}")
-
-    found, run = [reading("trial.json", read_trial)], folder / "run"
+    found, run = [reading("trial.json", lambda: read_numbered(folder / "trial.json", "number", trial))], folder / "run"
     if sweep and trial.get("sweep", sweep) not in ("", sweep):
         found[0] = Finding("trial.json", "of another run", f"of sweep {trial['sweep']}, and sweep.json of sweep {sweep}")
     begun = (run / "config.yaml").exists() or run_files(run) or trial.get("status") == "complete"

@@ -402,11 +402,11 @@ def reference_losses(
     sha = hashlib.sha256(f"unigram, bigram, Kneser-Ney 5; {vocab_size}; {chars}; {len(train_ids)}".encode())
     for ids in (train_ids, val_ids):
         sha.update(np.ascontiguousarray(ids, dtype="<i8").data)
-    losses = None
+    name, losses = f"{sha.hexdigest()[:32]}.json", None
     with suppress(OSError):
-        losses = read_kept(path := kept_file(f"{sha.hexdigest()[:32]}.json"))
+        losses = read_kept(kept_file(name))
     if losses is None:
         losses = ngram_losses(train_ids, val_ids, vocab_size, chars)
         with suppress(OSError):
-            write_kept(path, losses)
+            write_kept(kept_file(name), losses)
     return losses

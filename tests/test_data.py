@@ -541,6 +541,9 @@ def test_references_are_kept_and_damage_costs_only_time(tmp_path, monkeypatch):
     assert len(list(folder.iterdir())) == 3
     monkeypatch.setenv("XDG_CACHE_HOME", str(file / "no" / "folder"))
     assert reference_losses(train, val, 90, 500) == honest
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))  # a user without one
+    assert reference_losses(train, val, 90, 500) == honest
 
 
 @pytest.mark.slow
