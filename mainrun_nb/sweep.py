@@ -79,7 +79,7 @@ def _outcome_of(future: Any) -> dict[str, Any]:
     try:
         return future.result()
     except OSError as e:  # of the machine, not of the trial: it is to run again
-        what = f"{Path(e.filename).name if e.filename else 'its folder'} cannot be used ({e.strerror or e})"
+        what = f"{Path(e.filename).name if e.filename else 'its folder'} cannot be used ({e.strerror or ' '.join(str(e).split())})"
         return {"status": "running", "error": what, "seconds": 0.0}
     except Exception as e:
         return {"status": "failed", "error": f"{type(e).__name__}: {' '.join(str(e).split())[:300]}", "seconds": 0.0}

@@ -172,6 +172,7 @@ def titled(tmp_path):
 
 def test_titles_are_known_by_their_digest_wherever_they_lie(titled, monkeypatch):
     run_dir, titles, moved = titled
+    monkeypatch.delenv("HN_TITLES", raising=False)
     refused(lambda: evaluate_run(run_dir), str(titles))
     assert evaluate_run(run_dir, overrides=[f"data.source={moved}"])["step"] == 6
     monkeypatch.setenv("HN_TITLES", str(moved))

@@ -17,7 +17,7 @@ import yaml
 
 from mainrun_nb import sweep as sw
 from mainrun_nb import trials as tr
-from mainrun_nb.config import InputError, RunError, load_config
+from mainrun_nb.config import InputError, RunError, config_yaml, load_config
 from mainrun_nb.memory import estimate_memory
 from mainrun_nb.search import evaluations, grid_points, override, random_point, read_board, read_search, read_trials
 from mainrun_nb.sweep import examine, promote, run_sweep
@@ -65,7 +65,7 @@ class Pretend:
         (folder / "run").mkdir(exist_ok=True)
         lr, done = cfg.hyperparams.lr, 0
         if lr == 0.3:
-            raise OSError("a bug\nin two lines")
+            raise ValueError("a bug\nin two lines")
         with open(folder / "run" / "metrics.jsonl", "w") as log:
             for done in range(1, self.rows + 1):
                 log.write(json.dumps({"event": "validation_step", "step": done, "val/loss": abs(lr - 0.03) + 1 / done}) + "\n")
@@ -231,7 +231,7 @@ parameters:
     board = pretend(search_of(tmp_path, text), base, tmp_path / "out", jobs=2)
     found = {tuple(t.params.values()): (t.status, t.error) for t in board.trials}
     assert board.counts == {"complete": 1, "failed": 2, "invalid": 6, "skipped": 3}
-    assert found[0.3, 2, None] == ("failed", "OSError: a bug in two lines")
+    assert found[0.3, 2, None] == ("failed", "ValueError: a bug in two lines")
     assert found[1.0, 2, None] == ("failed", "the loss was not finite")
     assert "heads" in found[0.01, 3, None][1] and found[0.01, 2, 0.001][1].startswith("memory: a step needs")
     assert [asdict["status"] for asdict in map(vars, read_trials(tmp_path / "out"))] == [t.status for t in board.trials]
@@ -502,7 +502,7 @@ def test_a_promoted_recipe_says_what_it_is(tmp_path, base, pretend):
     data = {"source": "/a/b/titles.txt.gz", "n_titles": 1500, "sha256": "ab" * 32}
     result = {"val/loss": 1.2, "seed": 7, "parameters": 1234, "steps": 20, "data": data, "commit": "c0ffee"}
     best.joinpath("result.json").write_text(json.dumps(result))
-    best.joinpath("config.yaml").write_text(BASE.replace("synthetic", "/a/b/titles.txt.gz") + "\n")
+    best.joinpath("config.yaml").write_text(config_yaml(load_config(base, ["data.source=/a/b/titles.txt.gz", "hyperparams.seed=7"])))
     text = promote(tmp_path / "out", "best", tmp_path / "sota").read_text()
     for part in ("# val/loss: 1.200000", "# seed: 7", "# data: titles.txt.gz, 1500 titles, split abababababababab", "# commit: c0ffee"):
         assert part in text
@@ -723,7 +723,7 @@ def wrote(folder) -> bool:
 
 def test_the_first_trials_all_failed(tmp_path, base, pretend):
     search = search_of(tmp_path, "method: grid\nparameters: {hyperparams.lr: {values: [0.3, 1.0, 0.01]}}")
-    with pytest.raises(RunError, match="all of the first 2 trials failed; trial 0: OSError: a bug in two lines; --resume --retry failed"):
+    with pytest.raises(RunError, match="all of the first 2 trials failed; trial 0: ValueError: a bug in two lines; --resume --retry failed"):
         pretend(search, base, tmp_path / "out", failures=2)
     assert len(read_trials(tmp_path / "out")) == 2
     assert pretend(search, base, tmp_path / "out", resume=True, failures=0).counts == {"complete": 1, "failed": 2}
