@@ -95,7 +95,8 @@ def rdrop_loss(logits: list[Tensor], targets: Tensor, r: float = 0.0) -> Tensor:
 class Oracle:
     """The model of a `Config`, from the weights of a `state_dict`, in their precision."""
 
-    def __init__(self, cfg, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, cfg, weights: Mapping[str, Tensor], pairs: list[tuple[int, int]] | None = None) -> None:
+        """`pairs`: where letters and case are apart, the piece and the class of each id."""
         self.m = getattr(cfg.model_configs, cfg.hyperparams.model_architecture)
         self.a = getattr(cfg.attn_configs, self.m.attention_layer)
         self.title_mask = cfg.hyperparams.title_mask
@@ -104,6 +105,7 @@ class Oracle:
         self.bridges = (len(self.widths) - 1) // 2 if unet and self.m.skip_connections else 0
         self.weights, self.used = dict(weights), set()
         self.wide = torch.promote_types(next(iter(weights.values())).dtype, torch.float32)
+        self.pairs = pairs and torch.tensor(pairs).T  # (2, V)
         self.margin, self.tables = math.inf, {}  # the narrowest decision of SparseK's choice so far; masks
 
     def w(self, name: str) -> Tensor:
@@ -195,7 +197,10 @@ class Oracle:
         T, d, last = idx.shape[1], self.m.d_model, self.widths[-1]
         number = (idx == 1).cumsum(1) if self.title_mask else torch.zeros_like(idx)  # <eos>, id 1, opens a title
         same = number[:, :, None] == number[:, None, :]
-        x = self.w("embed.tokens.weight")[idx]
+        if self.pairs is None:
+            x = self.w("embed.tokens.weight")[idx]
+        else:
+            x = self.w("embed.tokens.weight")[self.pairs[0][idx]] + self.w("embed.cases.weight")[self.pairs[1][idx]]
         if self.m.position == "learned":
             x = x + self.w("embed.positions.weight")[:T]
         x = x if self.widths[0] == d else self.linear(x, "embed.project")
@@ -210,6 +215,21 @@ class Oracle:
         x = self.norm(x, "norm") if self.m.norm_type == "pre" else x
         return x if last == d else self.linear(x, "project")
 
+    def logits_of(self, hidden: Tensor) -> Tensor:
+        """(B, T, d) to (B, T, V). With pairs: the piece's, and the logarithm of p(id | piece), a softmax over its ids."""
+        head = "embed.tokens" if self.m.tied else "head"
+        logits = self.linear(hidden, head, bias=False)
+        if self.pairs is None:
+            return logits
+        piece, case = self.pairs
+        told = self.linear(self.w(f"{head}.weight"), "case_head.of_piece", bias=False)  # (pieces, classes)
+        score = (self.linear(hidden, "case_head.of_state", bias=True)[..., None, :] + told)[..., piece, case].to(self.wide)  # (B, T, V)
+        logp = torch.empty_like(score)
+        for u in set(piece.tolist()):
+            mine = piece == u
+            logp[..., mine] = score[..., mine].log_softmax(-1)
+        return logits.to(self.wide)[..., piece] + logp
+
     def logits(self, idx: Tensor) -> Tensor:
         """(B, T) to (B, T, V)."""
-        return self.linear(self.features(idx), "embed.tokens" if self.m.tied else "head", bias=False)
+        return self.logits_of(self.features(idx))
