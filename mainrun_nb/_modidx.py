@@ -344,6 +344,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mainrun_nb.gpt.CaseHead.log_probs': ('gpt.html#casehead.log_probs', 'mainrun_nb/gpt.py'),
                                 'mainrun_nb.gpt.CaseHead.nats': ('gpt.html#casehead.nats', 'mainrun_nb/gpt.py'),
                                 'mainrun_nb.gpt.CaseHead.pieces': ('gpt.html#casehead.pieces', 'mainrun_nb/gpt.py'),
+                                'mainrun_nb.gpt.CaseHead.scores': ('gpt.html#casehead.scores', 'mainrun_nb/gpt.py'),
                                 'mainrun_nb.gpt.Decoder': ('gpt.html#decoder', 'mainrun_nb/gpt.py'),
                                 'mainrun_nb.gpt.Decoder.__init__': ('gpt.html#decoder.__init__', 'mainrun_nb/gpt.py'),
                                 'mainrun_nb.gpt.Decoder.check_restart': ('gpt.html#decoder.check_restart', 'mainrun_nb/gpt.py'),

@@ -127,6 +127,9 @@ def init_weights(
             nn.init.zeros_(module.bias)
 
 # %% ../nbs/15_gpt.ipynb #f631b70e
+CASE_WIDTH = 64  # of the layer in which state and piece meet
+
+
 class CaseHead(nn.Module):
     "The probability of each way to write a piece, given the piece and the hidden state before it."
 
@@ -136,8 +139,9 @@ class CaseHead(nn.Module):
 
     def __init__(self, width: int, pairs: Pairs) -> None:
         super().__init__()
-        self.of_state = nn.Linear(width, N_CASES)
-        self.of_piece = nn.Linear(width, N_CASES, bias=False)
+        self.of_state = nn.Linear(width, CASE_WIDTH)
+        self.of_piece = nn.Linear(width, CASE_WIDTH, bias=False)
+        self.classes = nn.Linear(CASE_WIDTH, N_CASES)
         for name in ("piece", "case", "ways"):
             self.register_buffer(name, torch.tensor(getattr(pairs, name)), persistent=False)
 
@@ -145,9 +149,13 @@ class CaseHead(nn.Module):
         "The piece of each target; one that is not counted stays so."
         return torch.where(targets == IGNORED, IGNORED, self.piece[targets.clamp(min=0)])
 
+    def scores(self, state: Tensor, piece: Tensor) -> Tensor:
+        "z of each class, from what `of_state` and `of_piece` give: (..., CASE_WIDTH) each to (..., C), in float32."
+        return self.classes(F.gelu(state + piece)).float()
+
     def log_probs(self, hidden: Tensor, table: Tensor, piece: Tensor) -> Tensor:
         "The logarithm of p(c | u, h) of one id, for each class: (N, d), (P, d) and (N,) to (N, C), in float32."
-        z = (self.of_state(hidden) + self.of_piece(F.embedding(piece, table))).float()
+        z = self.scores(self.of_state(hidden), self.of_piece(F.embedding(piece, table)))
         return z - (z + self.ways[piece]).logsumexp(-1, keepdim=True)
 
     def nats(self, hidden: Tensor, table: Tensor, targets: Tensor) -> Tensor:
@@ -158,7 +166,7 @@ class CaseHead(nn.Module):
 
     def all_ids(self, hidden: Tensor, table: Tensor) -> Tensor:
         "The logarithm of p(c | u, h) for every id: (N, d) and (P, d) to (N, V)."
-        z = (self.of_state(hidden)[:, None] + self.of_piece(table)).float()  # (N, P, C)
+        z = self.scores(self.of_state(hidden)[:, None], self.of_piece(table))  # (N, P, C)
         return z[:, self.piece, self.case] - (z + self.ways).logsumexp(-1)[:, self.piece]
 
 # %% ../nbs/15_gpt.ipynb #9b431641
@@ -311,7 +319,7 @@ class GPT(Decoder):
         scores = F.linear(hidden, self.head_weight)
         if self.case_head is None:
             return scores
-        rows = hidden.flatten(0, -2).split(16)  # (16, pieces, classes) numbers at once
+        rows = hidden.flatten(0, -2).split(16)  # (16, pieces, CASE_WIDTH) numbers at once
         case = torch.cat([self.case_head.all_ids(h, self.head_weight) for h in rows])
         return scores[..., self.case_head.piece].float() + case.view(*hidden.shape[:-1], -1)
 
@@ -374,7 +382,7 @@ def parameter_formula(
     scorer = sum(w * attn_cfg.n_head + attn_cfg.n_head for w in ws) if isinstance(attn_cfg, SparseKAttnConfig) else 0
     table = {
         "embedding": vocab_size * d, "positions": context_length * d if cfg.position == "learned" else 0,
-        "case": cased * N_CASES * (3 * d + 1),
+        "case": cased * (N_CASES * (d + 1) + CASE_WIDTH * (2 * d + 1 + N_CASES)),
         "attention": sum(line(w, 3 * head[w]) + line(head[w], w) + cfg.output_gate * line(w, attn_cfg.n_head) for w in ws),
         "scorer": scorer, "mlp": sum(line(w, inner[w] * (1 + gated)) + line(inner[w], w) for w in ws),
         "norms": (2 * sum(ws) + (ws[-1] if cfg.norm_type == "pre" else 0)) * (1 + bent), "scales": 2 * sum(ws) if cfg.layer_scale else 0,

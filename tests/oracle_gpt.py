@@ -222,8 +222,10 @@ class Oracle:
         if self.pairs is None:
             return logits
         piece, case = self.pairs
-        told = self.linear(self.w(f"{head}.weight"), "case_head.of_piece", bias=False)  # (pieces, classes)
-        score = (self.linear(hidden, "case_head.of_state", bias=True)[..., None, :] + told)[..., piece, case].to(self.wide)  # (B, T, V)
+        told = self.linear(self.w(f"{head}.weight"), "case_head.of_piece", bias=False)  # (pieces, width)
+        x = (self.linear(hidden, "case_head.of_state", bias=True)[..., None, :] + told).to(self.wide)
+        x = x * (1 + torch.erf(x / math.sqrt(2))) / 2
+        score = self.linear(x, "case_head.classes", bias=True)[..., piece, case].to(self.wide)  # (B, T, V)
         logp = torch.empty_like(score)
         for u in set(piece.tolist()):
             mine = piece == u

@@ -45,7 +45,9 @@ def by_hand(model: GPT, hidden: torch.Tensor) -> torch.Tensor:
     rows = []
     for n, h in enumerate(hidden.double()):
         of_state = head.of_state.weight.double() @ h + head.of_state.bias.double()
-        z = [(of_state + head.of_piece.weight.double() @ w[u]).tolist() for u in range(len(w))]
+        inner = [of_state + head.of_piece.weight.double() @ w[u] for u in range(len(w))]
+        inner = [x * (1 + torch.erf(x / math.sqrt(2))) / 2 for x in inner]
+        z = [(head.classes.weight.double() @ x + head.classes.bias.double()).tolist() for x in inner]
         total = [0.0] * len(w)
         for u, c in zip(piece_of, class_of, strict=True):
             total[u] += math.exp(z[u][c])
