@@ -63,7 +63,7 @@ class Picture:
         text = re.sub(r"var\(--(\w+)\)", lambda m: colours[m[1]], json.dumps({**self.whole(**size), "background": "white"}))
         out = io.BytesIO()
         still = Image.open(io.BytesIO(vl_convert.vegalite_to_png(text, scale=1.1))).convert("RGB")
-        still = still.quantize(64, Image.Quantize.MAXCOVERAGE)  # a third of the bytes in the notebook; the default method loses small marks' colours
+        still = still.quantize(64, Image.Quantize.MAXCOVERAGE)  # a third of the bytes; by default small marks lose their colours
         still.save(out, "PNG", optimize=True)
         return out.getvalue()
 
