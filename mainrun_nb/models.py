@@ -36,6 +36,27 @@ def register_model(
 register_model("gpt", GPT, GPTConfig)
 register_model("unet_gpt", UNetGPT, UnetGPTConfig)
 
+# %% ../nbs/17_models.ipynb #f539a257
+def build_model(
+    cfg: Config,
+    vocab_size: int,  # of the tokenizer; the model's output
+    pairs: Pairs | None = None,  # of a tokenizer of the kind `cased`; none there: stand-ins for `vocab_size` pieces (chapter 22)
+) -> Any:
+    "The model that `cfg` describes. Raises `InputError` for an unknown name or a combination that cannot be."
+    hp, (name, section, attention, attn_section) = cfg.hyperparams, checked_sections(cfg)
+    if pairs is None and cfg.tokenizer.kind == "cased":
+        pairs = stand_in(vocab_size)
+    pieces, ids = (pairs.n_pieces, len(pairs.piece)) if pairs else (vocab_size, vocab_size)
+    try:
+        if isinstance(section, GPTConfig):
+            check_size(section, attn_section, pieces, hp.context_length, bool(pairs))
+        return _MODELS[name](
+            section, attn_section, ids, context_length=hp.context_length, title_mask=hp.title_mask,
+            loss_chunk=hp.loss_chunk, checkpoint_activations=hp.checkpoint_activations, **takes_pairs(_MODELS[name], pairs),
+        )
+    except InputError as e:
+        raise InputError(f"model_configs.{name} with attn_configs.{attention}: {e}") from None
+
 # %% ../nbs/17_models.ipynb #c689e6ef
 LARGEST_MODEL = 10**12  # parameters: four terabytes in float32
 
@@ -80,35 +101,14 @@ def takes_pairs(cls: type, pairs: Pairs | None) -> dict[str, Pairs]:
         raise InputError(f"{cls.__name__} takes no `pairs`, which tokenizer.kind=cased needs; see GPT in chapter 15")
     return {"pairs": pairs}
 
-# %% ../nbs/17_models.ipynb #f539a257
-def build_model(
-    cfg: Config,
-    vocab_size: int,  # of the tokenizer; the model's output
-    pairs: Pairs | None = None,  # of a tokenizer of the kind `cased`; none there: stand-ins for `vocab_size` pieces (chapter 22)
-) -> Any:
-    "The model that `cfg` describes. Raises `InputError` for an unknown name or a combination that cannot be."
-    hp, (name, section, attention, attn_section) = cfg.hyperparams, checked_sections(cfg)
-    if pairs is None and cfg.tokenizer.kind == "cased":
-        pairs = stand_in(vocab_size)
-    pieces, ids = (pairs.n_pieces, len(pairs.piece)) if pairs else (vocab_size, vocab_size)
-    try:
-        if isinstance(section, GPTConfig):
-            check_size(section, attn_section, pieces, hp.context_length, bool(pairs))
-        return _MODELS[name](
-            section, attn_section, ids, context_length=hp.context_length, title_mask=hp.title_mask,
-            loss_chunk=hp.loss_chunk, checkpoint_activations=hp.checkpoint_activations, **takes_pairs(_MODELS[name], pairs),
-        )
-    except InputError as e:
-        raise InputError(f"model_configs.{name} with attn_configs.{attention}: {e}") from None
-
 # %% ../nbs/17_models.ipynb #250e8306
 def count_parameters(
     model: nn.Module,
-    embeddings: bool = True,  # count the tables of tokens, positions and cases too, and an untied head
+    embeddings: bool = True,  # count those of tokens, positions and cases too, and an untied head
 ) -> int:
     "Parameters of a model, shared ones once."
-    tables = ("embed.tokens", "embed.positions", "embed.cases", "head.")
-    return sum(p.numel() for name, p in model.named_parameters() if embeddings or not name.startswith(tables))
+    prefixes = ("embed.tokens", "embed.positions", "embed.cases", "head.")
+    return sum(p.numel() for name, p in model.named_parameters() if embeddings or not name.startswith(prefixes))
 
 # %% ../nbs/17_models.ipynb #8de84a34
 __getattr__ = moved("models")

@@ -47,7 +47,7 @@ def ngrams(title: str, n: int = 3) -> set[str]:
 
 
 def overlap_plain(train: Sequence[str], title: str, n: int = 3) -> tuple[float, float]:  # anywhere, in one
-    "Both overlaps of one title by their definition: slow, and obviously right."
+    "Both overlaps of one title by their definition; slow."
     own = ngrams(title, n)
     shared = [own & ngrams(other, n) for other in train]
     return len(set().union(*shared)) / len(own), max((len(s) for s in shared), default=0) / len(own)

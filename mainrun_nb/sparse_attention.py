@@ -60,12 +60,12 @@ def sparse_mask(
     q_pos: Tensor,  # (Tq,) positions of the queries
     k_pos: Tensor,  # (Tk,) positions of the keys
 ) -> Tensor:  # (H, Tq, Tk); True is allowed
-    "The pattern of every head as a boolean mask: the definition that everything faster is judged by."
+    "The pattern of every head as a boolean mask: the definition that every faster form is compared with."
     i, j, plan = q_pos[:, None], k_pos[None, :], plan_heads(cfg)
-    tables = {}
-    for name, (kinds, vert) in {str(p): p for p in plan}.items():  # heads that share a pattern share its table
-        tables[name] = torch.stack([sees(kind, i, j, cfg.local_attn_ctx, cfg.vertsize, vert) for kind in kinds]).any(0)
-    return torch.stack([tables[str(p)] for p in plan])
+    masks = {}
+    for name, (kinds, vert) in {str(p): p for p in plan}.items():  # heads that share a pattern share its mask
+        masks[name] = torch.stack([sees(kind, i, j, cfg.local_attn_ctx, cfg.vertsize, vert) for kind in kinds]).any(0)
+    return torch.stack([masks[str(p)] for p in plan])
 
 # %% ../nbs/11_sparse_attention.ipynb #058c8450
 def broken_rules(cfg: SparseAttnConfig, context: int) -> dict[str, bool]:

@@ -176,11 +176,11 @@ class Candidates:
         ahead = (self.falling - step).to(title.dtype)[:, None, :]  # older tokens before each newer one
         self.place = (ahead * self.sees).add_(self.newer_count[..., :-1])  # (G, c, c) a newer token's rank among a query's candidates
 
-    def _look_up(self, s: Tensor, *tables: tuple[Tensor, Tensor]) -> list[Tensor]:
+    def _look_up(self, s: Tensor, *totals: tuple[Tensor, Tensor]) -> list[Tensor]:
         "Of each pair of running totals, over older and over newer tokens, what stands before place s (G, c, m) of the order."
         flat = s.flatten(1)
         j = self.newer_before.gather(1, flat).view(s.shape)
-        return [older.gather(1, flat).view(s.shape).mul_(self.sees).add_(newer.gather(2, j)) for older, newer in tables]
+        return [older.gather(1, flat).view(s.shape).mul_(self.sees).add_(newer.gather(2, j)) for older, newer in totals]
 
     def count(self, s: Tensor) -> Tensor:
         "How many of each query's candidates stand before place s."
@@ -339,7 +339,7 @@ class Job(NamedTuple):
     plan: Plan
     drop: float
     kept: dict[int, tuple[Tensor, Tensor, Tensor]]  # weights, their sums and the gates of a block, by its first row
-    coins: dict[int, Tensor]  # dropout's mask of a block
+    drop_masks: dict[int, Tensor]  # dropout's mask of a block, likewise
 
     def forward(self, b: slice, q: Tensor, ks: Tensor, vs: Tensor, out: Tensor) -> None:
         "Attend for the chunks b: queries q (G, c, D), shifted keys and values, result into out (G, c, D)."
@@ -349,8 +349,8 @@ class Job(NamedTuple):
         if grid.small:
             self.kept[b.start] = weight, total, gate
         if self.drop:
-            self.coins[b.start] = keep_mask(tuple(weight.shape), self.drop, weight.device)
-            weight = weight * self.coins[b.start] / (1 - self.drop)
+            self.drop_masks[b.start] = keep_mask(tuple(weight.shape), self.drop, weight.device)
+            weight = weight * self.drop_masks[b.start] / (1 - self.drop)
         torch.bmm(weight.to(q.dtype), vs.index_select(0, rows).view(-1, grid.keys, D), out=out)
         out.div_(total)
 
@@ -367,7 +367,7 @@ class Job(NamedTuple):
         g = (g / total).to(q.dtype)
         seen, dweight = weight, torch.bmm(g, value.transpose(1, 2)).to(weight.dtype)
         if self.drop:
-            mask = self.coins[b.start] / (1 - self.drop)
+            mask = self.drop_masks[b.start] / (1 - self.drop)
             seen, dweight = weight * mask, dweight.mul_(mask)
         dv.index_add_(0, rows, torch.bmm(seen.to(q.dtype).transpose(1, 2), g).view(-1, D))
         dlogit = dweight.sub_((g.to(weight.dtype) * o).sum(-1, keepdim=True)).mul_(weight)

@@ -78,13 +78,13 @@ class UNetGPT(GPT):
 
     def run_blocks(self, x: Tensor, info: TokenInfo, cache: GPTCache | None) -> Tensor:
         "All blocks in turn, each fed at its own width: (B, T, first width) to (B, T, last width)."
-        pile: list[Tensor] = []
+        stack: list[Tensor] = []
         for i in range(len(self.blocks)):
             if i:
                 x = self.between[i - 1](x)
             if i >= len(self.blocks) - self.bridges:
-                x = x + pile.pop()
+                x = x + stack.pop()
             x = self.run_block(i, x, info, cache)
             if i < self.bridges:
-                pile.append(x)
+                stack.append(x)
         return x
