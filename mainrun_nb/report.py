@@ -119,8 +119,8 @@ def history(board: Leaderboard, names: dict[int, str] | None = None) -> Picture:
     picture = scatter(board, "Trial by trial, with the best so far", rows, x)
     look = {"type": "line", "interpolate": "step-after", "color": "var(--soft)", "strokeWidth": 1.5}
     line = {"data": {"values": steps}, "mark": look, "encoding": {"x": x, "y": y}}
-    look = {"type": "point", "shape": "M-1,-1L1,1M1,-1L-1,1", "color": "var(--c5)", "strokeWidth": 2, "size": 50}
-    foot = {"x": x, "y": {"value": {"expr": "height - 6"}}, "tooltip": told("run", "end", "why")}
+    look = {"type": "point", "shape": "M-1,-1L1,1M1,-1L-1,1", "color": "var(--c5)", "strokeWidth": 2, "size": 50, "yOffset": -6}
+    foot = {"x": x, "y": {"value": "height"}, "tooltip": told("run", "end", "why")}
     cross = {"data": {"values": lost}, "mark": look, "encoding": foot}
     dots = {k: v for k, v in picture.spec.items() if k != "height"}
     picture.spec = {"height": 190, "layer": [line, dots, *([cross] if lost else [])]}

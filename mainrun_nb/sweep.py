@@ -73,40 +73,9 @@ def examine(
         return "running", ""
     return "running", ""
 
-# %% ../nbs/31_sweep.ipynb #a44d7ae4
-def _outcome_of(future: Any) -> dict[str, Any]:
-    "What a watcher has to say; an error of the machine is nobody's, any other failure of its own the trial's."
-    try:
-        return future.result()
-    except OSError as e:  # of the machine, not of the trial: it is to run again
-        what = f"{Path(e.filename).name if e.filename else 'its folder'} cannot be used ({e.strerror or ' '.join(str(e).split())})"
-        return {"status": "running", "error": what, "seconds": 0.0}
-    except Exception as e:
-        return {"status": "failed", "error": f"{type(e).__name__}: {' '.join(str(e).split())[:300]}", "seconds": 0.0}
-
-# %% ../nbs/31_sweep.ipynb #c6d604c7
-@contextmanager
-def ended_by_signals(what: Path) -> Iterator[None]:
-    "Within it, SIGINT and SIGTERM raise `Interrupted` where the program stands, and again at the end if somebody kept the first one back."
-    noted: list[int] = []
-
-    def end(signum: int, frame: Any = None) -> None:
-        noted.append(signum)
-        raise Interrupted(f"{what}: stopped by {signal.Signals(signum).name}; --resume goes on", signum)
-
-    here = threading.current_thread() is threading.main_thread()  # Python delivers signals to the main thread only
-    old = {s: signal.signal(s, end) for s in (signal.SIGINT, signal.SIGTERM)} if here else {}
-    try:
-        yield
-    finally:
-        for s, handler in old.items():
-            signal.signal(s, handler)
-    if noted:
-        end(noted[0])
-
 # %% ../nbs/31_sweep.ipynb #73a2156f
 def labels(trial: Trial, tracking: TrackingConfig, sweep: str) -> list[str]:
-    "The settings of `tracking` for a trial of the sweep with this name; none if nobody is told."
+    "The settings of `tracking` for a trial of the sweep with this name; none without a dashboard."
     if not tracking.backends:
         return []
     params = [f"{key.rpartition('.')[2]}={value}" for key, value in trial.params.items()]
@@ -263,6 +232,37 @@ class Sweep:
         if self.signals:
             raise Interrupted(f"{self.out_dir}: stopped by {signal.Signals(self.signals[0]).name}; --resume goes on", self.signals[0])
 
+# %% ../nbs/31_sweep.ipynb #a44d7ae4
+def _outcome_of(future: Any) -> dict[str, Any]:
+    "A watcher's outcome; after an error of the file system the trial is to run again, after any other failure of the watcher it has failed."
+    try:
+        return future.result()
+    except OSError as e:  # of the machine, not of the trial: it is to run again
+        what = f"{Path(e.filename).name if e.filename else 'its folder'} cannot be used ({e.strerror or ' '.join(str(e).split())})"
+        return {"status": "running", "error": what, "seconds": 0.0}
+    except Exception as e:
+        return {"status": "failed", "error": f"{type(e).__name__}: {' '.join(str(e).split())[:300]}", "seconds": 0.0}
+
+# %% ../nbs/31_sweep.ipynb #c6d604c7
+@contextmanager
+def ended_by_signals(what: Path) -> Iterator[None]:
+    "Within it, SIGINT and SIGTERM raise `Interrupted` where the program stands, and again at the end if the first one was caught."
+    noted: list[int] = []
+
+    def end(signum: int, frame: Any = None) -> None:
+        noted.append(signum)
+        raise Interrupted(f"{what}: stopped by {signal.Signals(signum).name}; --resume goes on", signum)
+
+    here = threading.current_thread() is threading.main_thread()  # Python delivers signals to the main thread only
+    old = {s: signal.signal(s, end) for s in (signal.SIGINT, signal.SIGTERM)} if here else {}
+    try:
+        yield
+    finally:
+        for s, handler in old.items():
+            signal.signal(s, handler)
+    if noted:
+        end(noted[0])
+
 # %% ../nbs/31_sweep.ipynb #67a8caa9
 FREE = ("description", "name", "program", "project", "entity", "run_cap", "command", "controller", "metric")  # metric: see `amended`
 
@@ -348,7 +348,7 @@ def claimed(out: Path, record: dict[str, Any], base: Config, resume: bool) -> It
     except OSError as e:
         raise InputError(f"{out}: cannot be created ({e.strerror})") from None
     with run_lock(out), kept(out):
-        check_sweep_folder(out, record, base, resume)  # again: somebody may have been faster
+        check_sweep_folder(out, record, base, resume)  # again: another process may have been faster
         save_config(base, out / ".base.yaml.tmp")
         os.replace(out / ".base.yaml.tmp", out / "base.yaml")
         own = {"sweep": sweep_id(out, read_trials(out)) or os.urandom(4).hex()}
@@ -485,7 +485,7 @@ def promote(
     try:
         require_one_run(run_dir)
         result, cfg = read_sealed(run_dir / "result.json"), load_config(run_dir / "config.yaml")
-    except (OSError, ValueError) as e:  # somebody has cleaned up
+    except (OSError, ValueError) as e:  # the files were removed
         why = e if isinstance(e, InputError) else f"{run_dir / 'result.json'} cannot be read"
         raise InputError(f"{out}: trial {best.number} is the best, but its run is not whole ({why})") from None
     target.parent.mkdir(parents=True, exist_ok=True)

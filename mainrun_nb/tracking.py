@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BACKENDS', 'as_json', 'as_line', 'as_event', 'read_events', 'has_key', 'wandb_mode', 'sync_hint', 'register_backend',
-           'check_tracking', 'Tracker', 'plot_curves', 'live_curve']
+           'Tracker', 'check_tracking', 'plot_curves', 'live_curve']
 
 # %% ../nbs/24_tracking.ipynb #466f7aa0
 import io
@@ -229,6 +229,16 @@ def register_backend(
     BACKENDS[name] = opener
     register_name("backend", name)
 
+# %% ../nbs/24_tracking.ipynb #b8eaf7a0
+def run_id(run_dir: Path) -> str:
+    "The id under which dashboards know the run of a folder; made up at first, remembered from then on."
+    path = run_dir / "tracking.json"
+    with suppress(OSError, ValueError, KeyError):
+        return json.loads(path.read_text())["id"]
+    new = secrets.token_hex(4)
+    atomic_write(path, json.dumps({"id": new}))
+    return new
+
 # %% ../nbs/24_tracking.ipynb #00bd792f
 def first_of(path: Path) -> bytes:
     "The first line of a file; nothing for a file that is empty, missing or none (a device)."
@@ -250,40 +260,15 @@ def check_copy(copy: Path, run_dir: Path | None) -> None:
     except OSError as e:
         raise InputError(f"hyperparams.log_file: {copy} cannot be written ({e.strerror})") from None
 
-# %% ../nbs/24_tracking.ipynb #0d73ac93
-def check_tracking(
-    cfg: Config,
-    run_dir: Path | None = None,  # of the run that goes on; none: a new one
-) -> None:
-    "Raise `InputError` for an unknown or missing backend, a W&B without the key it was told to use, or an impossible log file."
-    for name in cfg.tracking.backends:
-        package = getattr(BACKENDS[check_name(name, BACKENDS, "tracking.backends")], "package", None)
-        if package and find_spec(package) is None:
-            raise InputError(f"tracking.backends: {name} needs the package '{package}': pip install {package}")
-    if "wandb" in cfg.tracking.backends and cfg.tracking.mode == "online" and not has_key():
-        raise InputError("tracking.mode: online needs a W&B key; set WANDB_API_KEY, run `wandb login`, or use auto or offline")
-    if cfg.hyperparams.log_file:
-        check_copy(Path(cfg.hyperparams.log_file), run_dir)
-
-# %% ../nbs/24_tracking.ipynb #b8eaf7a0
-def run_id(run_dir: Path) -> str:
-    "The id under which dashboards know the run of a folder; made up at first, remembered from then on."
-    path = run_dir / "tracking.json"
-    with suppress(OSError, ValueError, KeyError):
-        return json.loads(path.read_text())["id"]
-    new = secrets.token_hex(4)
-    atomic_write(path, json.dumps({"id": new}))
-    return new
-
 # %% ../nbs/24_tracking.ipynb #81ee522e
 class Tracker:
-    "Tells of a run: metrics.jsonl and its copy, the backends of `tracking`, and a listener."
+    "Records a run: metrics.jsonl and its copy, the backends of `tracking`, and a listener."
 
     artifacts = ("config.yaml", "metrics.jsonl", "result.json", "curves.png", "samples.txt")  # what dashboards get at the end
 
     def __init__(
         self,
-        run_dir: str | Path | None,  # None: tell nobody (all processes of a job but the first)
+        run_dir: str | Path | None,  # None: no log and no dashboard (all processes of a job but the first)
         cfg: Config,
         resume_step: int | None = None,  # keep what was logged up to this step, drop the rest
         on_event: Callable[[dict[str, Any]], None] | None = None,  # called with every new event
@@ -359,6 +344,21 @@ class Tracker:
         except Exception as e:
             self.backends.pop(name, None)
             warnings.warn(f"tracking: {name} failed ({type(e).__name__}: {first_line(e)}); the run goes on without it", stacklevel=4)
+
+# %% ../nbs/24_tracking.ipynb #0d73ac93
+def check_tracking(
+    cfg: Config,
+    run_dir: Path | None = None,  # of the run that goes on; none: a new one
+) -> None:
+    "Raise `InputError` for an unknown or missing backend, a W&B without the key it was told to use, or an impossible log file."
+    for name in cfg.tracking.backends:
+        package = getattr(BACKENDS[check_name(name, BACKENDS, "tracking.backends")], "package", None)
+        if package and find_spec(package) is None:
+            raise InputError(f"tracking.backends: {name} needs the package '{package}': pip install {package}")
+    if "wandb" in cfg.tracking.backends and cfg.tracking.mode == "online" and not has_key():
+        raise InputError("tracking.mode: online needs a W&B key; set WANDB_API_KEY, run `wandb login`, or use auto or offline")
+    if cfg.hyperparams.log_file:
+        check_copy(Path(cfg.hyperparams.log_file), run_dir)
 
 # %% ../nbs/24_tracking.ipynb #5ca704be
 def series(events: list[dict[str, Any]], kind: str, key: str) -> tuple[list[int], list[float]]:
