@@ -6,7 +6,7 @@ document.addEventListener("DOMContentLoaded", () => {
   each("summary[aria-label]", s => s.removeAttribute("aria-label")); // its text says what it shows
   each("aside.sidebar-drawer", a => a.setAttribute("aria-label", "Chapters"));
   each("aside.toc-drawer", a => a.setAttribute("aria-label", "On this page"));
-  const reach = () => each("pre, .table-wrapper, .katex-html", p => p.scrollWidth > p.clientWidth && p.setAttribute("tabindex", "0"));
+  const reach = () => each("pre, .table-wrapper, div.math", p => p.scrollWidth > p.clientWidth && p.setAttribute("tabindex", "0"));
   reach();
   addEventListener("resize", reach);
   each("details", d => d.addEventListener("toggle", reach));
