@@ -1,4 +1,4 @@
-# make quickstart | test | chapter | lab | faults | bench | clean. Each makes .venv where it is missing; Python 3.11 or newer is all it needs.
+# make quickstart | test | chapter | lab | site | faults | bench | clean. Each makes .venv where it is missing; Python 3.11 or newer is all it needs.
 VENV := .venv
 BIN  := $(VENV)/bin
 # The first interpreter that really starts and is new enough. Choose another: make PYTHON=/path/to/python3 ...
@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c '
 SHELL_SCRIPTS := .ci/run $(wildcard .github/scripts/*.sh docker/*.sh)
 WORKFLOWS := $(wildcard .github/workflows/*.yml)
 
-.PHONY: help quickstart test chapter lint lab bench readme clean
+.PHONY: help quickstart test chapter lint lab site faults bench readme clean
 help:  ## what there is
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 20
 
@@ -31,6 +31,14 @@ $(VENV)/.dev: $(VENV)/.runtime
 $(VENV)/.all: $(VENV)/.dev
 	@echo "Installing every extra into $(VENV) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all]'
+	@touch $@
+
+# KaTeX's style sheet and fonts come from npm, in the version that sphinxcontrib-katex renders the formulas with.
+$(VENV)/.site: $(VENV)/.runtime
+	@command -v npm >/dev/null || { echo "No npm found, which brings KaTeX for the formulas. Install Node.js." >&2; exit 2; }
+	@echo "Installing the tools of the site into $(VENV) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[site]'
+	@npm install --silent --no-save --prefix $(VENV) katex@$$($(BIN)/python -c 'import sphinxcontrib.katex as k; print(k.katex_version)')
 	@touch $@
 
 quickstart: $(VENV)/.runtime  ## install, then train a tiny model on synthetic titles
@@ -60,6 +68,10 @@ lab: $(VENV)/.dev  ## JupyterLab on the chapters
 	JUPYTER_PREFER_ENV_PATH=1 $(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb \
 	  --ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter $(ARGS)
 
+site: $(VENV)/.site  ## the chapters as a website: build/site/index.html
+	rm -rf build/site build/doctrees
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -c docs -d build/doctrees nbs build/site
+
 faults: $(VENV)/.all  ## every fault of tests/faults/, with a table at the end
 	$(BIN)/python tests/faults $(ARGS)
 
@@ -72,5 +84,5 @@ readme: $(VENV)/.dev  ## README.md from nbs/index.ipynb
 	$(BIN)/python .github/scripts/readme.py README.md
 
 clean:  ## build products and caches; runs and .venv stay
-	rm -rf build dist *.egg-info _docs _proc .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -path ./$(VENV) -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -print | xargs rm -rf

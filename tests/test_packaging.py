@@ -172,7 +172,7 @@ def make(bare: Path, *args: str, pythons: dict[str, int] | None = None) -> subpr
 
 @pytest.mark.parametrize(
     ("target", "extras"),
-    [("quickstart", []), ("test", ["dev"]), ("lab", ["dev"]), ("chapter C=07", ["dev"]), ("bench", ["dev", "all"])],
+    [("quickstart", []), ("test", ["dev"]), ("lab", ["dev"]), ("chapter C=07", ["dev"]), ("site", ["site"]), ("bench", ["dev", "all"])],
 )
 def test_make_installs_what_its_target_needs(bare, target, extras):
     said = make(bare, *target.split()).stdout
@@ -202,6 +202,13 @@ def test_make_does_not_install_twice_and_installs_again_after_a_change(bare):
 )
 def test_make_takes_the_first_python_that_works(bare, pythons, chosen):
     assert f"\n{chosen} -m venv .venv" in "\n" + make(bare, "quickstart", pythons=pythons).stdout
+
+
+def test_make_site_says_what_is_missing_and_forgets_what_it_built(bare):
+    env = with_tools(bare)
+    (bare / "bin/bash").symlink_to("/bin/bash")
+    done = subprocess.run(["/usr/bin/make", "site"], cwd=bare, capture_output=True, text=True, env={**env, "PATH": str(bare / "bin")})
+    assert done.returncode == 2 and "No npm found" in done.stderr and not (bare / ".venv/.site").exists()
 
 
 def test_make_says_when_there_is_no_python(bare):

@@ -2,7 +2,6 @@
 import json
 import os
 import random
-import re
 import shutil
 import subprocess
 import sys
@@ -505,7 +504,7 @@ def test_update_refuses_what_is_no_commit(runner):
     assert not (runner.home / "current").exists()
 
 
-# --- notebooks.sh, docs.sh, .ci/run ---
+# --- notebooks.sh, .ci/run ---
 
 
 def bare_repository(place: Place, script: str) -> Path:
@@ -537,50 +536,6 @@ def test_notebooks_script_finds_a_module_without_a_notebook(place, stale):
     done = subprocess.run(["bash", script], cwd=place.code, env=place.env, capture_output=True, text=True)
     assert done.returncode == int(stale), done.stderr
     assert ("mainrun_nb/old.py" in done.stderr) == stale
-
-
-def docs(place: Place, script: Path, bin: Path, timeout: int) -> dict[str, str]:
-    """The pages, by name, that the script hands to a stand-in for Quarto."""
-    quarto = '[ "$1" != render ] || { mkdir -p _docs && cp *.ipynb _docs/ && touch _docs/index.html; }'
-    place.stub("quarto", f"#!/usr/bin/env bash\n{quarto}\n")
-    env = {**place.env, "MAINRUN_BIN": str(bin), "PYTHONPATH": str(place.code), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(["bash", script], cwd=place.code, env=env, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, done.stderr
-    return {p.name: p.read_text() for p in (place.code / "_proc/_docs").glob("*.ipynb")}
-
-
-@pytest.mark.slow
-def test_docs_script_hands_every_chapter_to_quarto(place):
-    script = bare_repository(place, ".github/scripts/docs.sh")
-    for name in ("nbs", "mainrun_nb"):
-        shutil.copytree(ROOT / name, place.code / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
-    place.files("pyproject.toml", "settings.ini", "setup.py", "README.md")
-    pages = docs(place, script, Path(sys.executable).parent, 600)
-    assert pages.keys() == {p.name for p in (ROOT / "nbs").glob("*.ipynb")}
-    assert not [link for page in pages.values() for link in re.findall(r"\]\((?:/blob|\.\./)[^)]*\)", page)], "dead links"
-
-
-@pytest.mark.parametrize("url", ["", "https://git.example.org/me/book"])
-def test_docs_link_to_sources_only_where_the_repository_is_known(place, url):
-    """On what nbdev's own page maker writes for a function, and a chapter's link to a file outside the book."""
-    script = bare_repository(place, ".github/scripts/docs.sh")
-    known = f'[project.urls]\nRepository = "{url}"\n' if url else ""
-    (place.code / "pyproject.toml").write_text(f'[project]\nname = "book"\n{known}[tool.nbdev]\n')
-    source = f'[source]({url}/blob/main/book/a.py#L5){{target="_blank" style="float:right"}}\n\n### f\n\nSee [small](../sweeps/small.yaml).'
-    tools = place.code / ".venv/bin"
-    tools.mkdir(parents=True)
-    (place.code / "page").write_text(json.dumps({"cells": [{"source": source}]}))
-    for name, text in [("nbdev-proc-nbs", "mkdir _proc && cp page _proc/a.ipynb"), ("python", f'exec {sys.executable} "$@"')]:
-        (tools / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
-        (tools / name).chmod(0o755)
-    shown = json.loads(docs(place, script, tools, 60)["a.ipynb"])["cells"][0]["source"]
-    assert shown == (source.replace("../", f"{url}/blob/main/") if url else "### f\n\nSee small.")
-
-
-def test_docs_script_says_that_quarto_is_missing(place):
-    script = bare_repository(place, ".github/scripts/docs.sh")
-    done = subprocess.run(["bash", script], env={**place.env, "PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
-    assert done.returncode == 2 and "quarto" in done.stderr
 
 
 @pytest.mark.parametrize(("titles", "slow"), [(False, ""), (True, "0")])
