@@ -54,6 +54,17 @@ def softmax_(
     p = torch.softmax(z, -1, out=z)
     return (top - p.amax(-1, keepdim=True).log() - picked).masked_fill_(ignored, 0).sum()
 
+# %% ../nbs/14_loss.ipynb #76626cc8
+def quick_softmax_(
+    z: Tensor,  # (n, V) logits in float32; become the probabilities
+    targets: Tensor,  # (n, 1)
+    ignored: Tensor,  # (n, 1) True: the row is not counted
+) -> Tensor:  # the summed cross-entropy; inf where a counted target has more than 87 nats
+    "What `softmax_` does, in one pass over the table."
+    p = torch.softmax(z, -1, out=z).gather(1, targets)
+    nats = -p.masked_fill_(p < torch.finfo(p.dtype).tiny, 0).log()
+    return nats.masked_fill_(ignored, 0).sum()
+
 # %% ../nbs/14_loss.ipynb #df95bf2e
 def logit_gradients_(
     logits: list[Tensor],  # one or two passes of (n, V) in float32; become the gradients
@@ -63,7 +74,8 @@ def logit_gradients_(
 ) -> Tensor:  # the chunk's `loss_sum`
     "The loss of a chunk of logits, and its gradient with respect to them, in place."
     apart = logits[0] - logits[1] if r_drop else None
-    loss, share = torch.stack([softmax_(z, targets, ignored) for z in logits]).mean(), 1 / len(logits)
+    softmax = quick_softmax_ if targets.device.type == "cpu" else softmax_
+    loss, share = torch.stack([softmax(z, targets, ignored) for z in logits]).mean(), 1 / len(logits)
     if apart is not None:
         (p, q), gap, r = logits, logits[0] - logits[1], r_drop / 2
         at_p, at_q = ((x * apart).sum(-1, keepdim=True) for x in (p, q))
@@ -77,6 +89,26 @@ def logit_gradients_(
         z.scatter_add_(1, targets, torch.full_like(targets, -share, dtype=z.dtype))
     return loss
 
+# %% ../nbs/14_loss.ipynb #1d2d3afe
+FEW = 32  # rows: their float32 logits are 2 MB at 16,000 words
+
+
+def table_gradients_(
+    logits: list[Tensor],  # as those of `logit_gradients_`, in the precision of the matrix products
+    targets: Tensor,
+    ignored: Tensor,
+    r_drop: float = 0.0,
+) -> Tensor:
+    "`logit_gradients_`, on a CPU a few rows at a time."
+    few = FEW if targets.device.type == "cpu" else len(targets)
+    losses = []
+    for y, off, *some in zip(targets.split(few), ignored.split(few), *(z.split(few) for z in logits), strict=True):
+        wide = [z.float() for z in some]  # what is float32 already is not copied
+        losses.append(logit_gradients_(wide, y, off, r_drop))
+        for z, g in zip(some, wide, strict=True):
+            z.copy_(g)
+    return torch.stack(losses).sum()
+
 # %% ../nbs/14_loss.ipynb #6ada09e2
 def chunk_gradients(
     head: Tensor,  # (V, d) the weight, in the precision of the matrix products
@@ -88,10 +120,9 @@ def chunk_gradients(
     "The loss of one chunk of rows and its gradients."
     ignored, d_rows = targets == IGNORED, []
     rows = [counted_rows(h, ignored) for h in rows]
-    logits = [(h @ head.T).float() for h in rows]
-    loss = logit_gradients_(logits, targets.masked_fill(ignored, 0), ignored, r_drop)
-    for h in rows:
-        g = logits.pop(0).to(head.dtype)  # its float32 form is dropped here
+    logits = [h @ head.T for h in rows]
+    loss = table_gradients_(logits, targets.masked_fill(ignored, 0), ignored, r_drop)
+    for h, g in zip(rows, logits, strict=True):
         d_rows.append((g @ head).masked_fill_(ignored, 0))
         if g.dtype == d_head.dtype:
             d_head.addmm_(g.T, h)
@@ -115,6 +146,8 @@ def all_gradients(
     for at in range(0, len(targets), chunk):
         rows = [h[at : at + chunk].to(dtype) for h in hidden]
         loss, d_rows = chunk_gradients(head, targets[at : at + chunk, None], rows, d_weight, r_drop)
+        if loss.device.type == "cpu" and not hasattr(loss, "fake_mode") and loss.isinf():  # a fake tensor has no value
+            loss = loss_sum(head, targets[at : at + chunk], *rows, r_drop=r_drop)
         total += loss
         for whole, part in zip(d_hidden, d_rows, strict=True):
             whole[at : at + chunk] = part

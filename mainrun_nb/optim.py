@@ -75,15 +75,64 @@ class Adafactor(Optimizer):
                 update = _second_moment(p.grad, state, count**-0.8, eps).clamp_(min=eps**2).rsqrt_().mul_(p.grad)
                 p.sub_(update.mul_(rate / _rms(update).clamp(min=1)))
 
+# %% ../nbs/21_optim.ipynb #d327bdc7
+def orthogonal(
+    stack: Tensor,  # (n, r, c), r <= c
+) -> Tensor:  # (n, r, c), bfloat16
+    "Of each matrix U S V' of a stack roughly U V', by Newton-Schulz iterations with the coefficients of Jordan et al. 2024."
+    x = stack.bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x
+
+# %% ../nbs/21_optim.ipynb #f5869049
+STACK = 2**25  # numbers in a stack at most: beyond, it costs memory and saves no time
+
+
+def stacks(params: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    "Those that have a gradient, by shape; one and its transpose count as one shape."
+    shapes: dict[tuple[int, ...], list[nn.Parameter]] = {}
+    for p in (p for p in params if p.grad is not None):
+        shapes.setdefault(tuple(sorted(p.shape)), []).append(p)
+    for (r, c), alike in shapes.items():
+        n = max(1, STACK // (r * c))
+        yield from (alike[i : i + n] for i in range(0, len(alike), n))
+
+
+class Muon(Optimizer):
+    "Muon (Jordan et al. 2024) with Nesterov momentum and decoupled weight decay, on matrices; it calculates in stacks of equal shapes."
+
+    def __init__(self, params: Any, lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    def _ahead(self, p: Tensor, momentum: float) -> Tensor:
+        "The gradient after momentum and look-ahead, lying on its wider side; the momentum is brought up to date."
+        assert p.grad is not None
+        buffer = self.state[p].get("momentum_buffer")
+        if buffer is None:
+            buffer = self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+        ahead = p.grad.lerp(buffer.lerp_(p.grad, 1 - momentum), momentum)
+        return ahead if ahead.shape[0] <= ahead.shape[1] else ahead.mT
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for alike in stacks(group["params"]):
+                updates = orthogonal(torch.stack([self._ahead(p, group["momentum"]) for p in alike])).float()
+                for p, update in zip(alike, updates, strict=True):
+                    n, m = p.shape
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update if n <= m else update.mT, alpha=-group["lr"] * math.sqrt(max(1, n / m)))
+
 # %% ../nbs/21_optim.ipynb #575556ee
 class MuonAdamW(Optimizer):
     "Muon on the groups marked `muon`, AdamW on the others; one optimizer to everything outside. The Muon groups come first."
 
     def __init__(self, params: Any, fused: bool | None = None) -> None:
-        if not hasattr(torch.optim, "Muon"):
-            raise InputError(f"hyperparams.optimizer: muon needs torch 2.9 or newer, found {torch.__version__}")
         muon, adamw = [g for g in params if g["muon"]], [g for g in params if not g["muon"]]
-        self.parts: list[Optimizer] = [torch.optim.Muon(muon)] if muon else []
+        self.parts: list[Optimizer] = [Muon(muon)] if muon else []
         self.parts += [torch.optim.AdamW(adamw, fused=fused)] if adamw else []
         super().__init__([g for part in self.parts for g in part.param_groups], {})
         self._share()

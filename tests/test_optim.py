@@ -114,7 +114,7 @@ def test_frozen_parameters_are_left_out():
 def test_muon_gets_the_hidden_matrices_and_adamw_the_rest():
     model, optimizer, hp = setup(optimizer="Muon", lr=0.02, weight_decay=0.3, muon_momentum=0.9, adamw_lr=1e-3, betas=[0.8, 0.95])
     muon, adamw = optimizer.parts
-    assert type(muon) is torch.optim.Muon and type(adamw) is torch.optim.AdamW
+    assert type(muon) is Muon and type(adamw) is torch.optim.AdamW
     matrices = {id(p) for name, p in model.named_parameters() if p.ndim == 2 and "tokens" not in name and "positions" not in name}
     assert {id(p) for g in muon.param_groups for p in g["params"]} == matrices
     assert [(g["lr"], g["weight_decay"], g["momentum"]) for g in muon.param_groups] == [(0.02, 0.3, 0.9)]
