@@ -7,7 +7,8 @@ __all__ = ['NAMES', 'GROUPS', 'TINY', 'positive', 'at_least', 'between', 'fracti
            'known_names', 'check_name', 'one_of', 'named', 'Hyperparams', 'GPTConfig', 'UnetGPTConfig',
            'CausalAttnConfig', 'SparseAttnConfig', 'SparseKAttnConfig', 'DataConfig', 'TokenizerConfig',
            'TrackingConfig', 'ModelConfigs', 'AttnConfigs', 'Config', 'register_section', 'type_of', 'merge_node',
-           'read_yaml', 'check_values', 'load_config', 'config_yaml', 'save_config', 'flatten', 'tiny']
+           'read_yaml', 'check_values', 'shipped', 'find_file', 'load_config', 'config_yaml', 'save_config', 'flatten',
+           'tiny']
 
 # %% ../nbs/00a_config.ipynb #eaba2fcd
 import difflib
@@ -26,6 +27,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
+import mainrun_nb
 from .messages import InputError, RunError, did_you_mean, first_line, scrubbed, shown, visible  # noqa: F401 (imported from here too)
 
 # %% ../nbs/00a_config.ipynb #4e18f25c
@@ -473,9 +475,40 @@ def check_values(section: Any, path: str = "") -> None:
     if hasattr(section, "check"):
         section.check()
 
+# %% ../nbs/00a_config.ipynb #78a920a4
+def shipped() -> dict[str, Path]:
+    "The files of the folder `sweeps` by name, as `base/quickstart` and `trial.ipynb`: those here, then those that came with the package."
+    package, found = Path(mainrun_nb.__file__).parent, {}  # type: Path, dict[str, Path]
+    inside = package / "sweeps"  # of a wheel; a checkout has the folder beside the package
+    for home in (Path("sweeps"), inside if inside.is_dir() else package.parent / "sweeps"):
+        yaml_files = {f"{kind}/{p.stem}": p for kind in ("base", "search", "sota") for p in home.glob(f"{kind}/*.yaml")}
+        found = {**yaml_files, **{p.name: p for p in home.glob("*.ipynb")}, **found}
+    return dict(sorted(found.items()))
+
+# %% ../nbs/00a_config.ipynb #3e076775
+def find_file(
+    path: str | Path,  # of a file, or the name of a shipped one, bare where only one of these kinds has it
+    *kinds: str,  # base, search, sota
+) -> Path:
+    "The file that is meant. Raises `InputError` for a name that none has, or several have."
+    text = str(path)
+    if os.path.exists(text) and not os.path.isdir(text):
+        return Path(path)
+    files = {name: p for name, p in shipped().items() if name.startswith(kinds)}
+    bare = {name: name.split("/")[1] for name in files}
+    same = [name for name in files if text in (name, bare[name])]
+    if len(same) > 1:
+        raise InputError(f"{text}: is the name of several; say {' or '.join(same)}")
+    near = [name for name in files if Path(text).stem == bare[name]]
+    if not same and near and not os.path.isdir(text):
+        raise InputError(f"{visible(text)}: no such file. Did you mean '{near[0]}'?")
+    if not same and re.fullmatch(rf"(({'|'.join(kinds)})/)?[\w-]{{1,60}}", text) and not os.path.isdir(text):
+        raise InputError(f"{text}: no such file, and none that comes with the package.{did_you_mean(text, {*files, *bare.values()})}")
+    return files[same[0]] if same else Path(path)
+
 # %% ../nbs/00a_config.ipynb #30244846
 def load_config(
-    path: str | Path | None = None,  # a YAML file; none means the defaults, the challenge's baseline
+    path: str | Path | None = None,  # a YAML file, or the name of a shipped one; none means the defaults, the challenge's baseline
     overrides: Iterable[str] = (),  # dotted `section.key=value` strings, later ones win
 ) -> Config:
     """A checked `Config` from a file and overrides.
@@ -483,7 +516,7 @@ def load_config(
     Raises `InputError` (one line) for a missing or broken file, an unknown key, a wrong type or a value out of range.
     """
     conf = _schema()
-    sources = [(str(path), read_yaml(Path(path)))] if path is not None else []
+    sources = [(str(path), read_yaml(find_file(path, "base", "sota")))] if path is not None else []
     sources += [(f"override {shown(text)}", _read_override(text)) for text in overrides]
     for where, tree in sources:
         merge_node(conf, check_node(tree, conf, where), where)
