@@ -495,7 +495,7 @@ def find_file(
     if os.path.exists(text) and not os.path.isdir(text):
         return Path(path)
     files = {name: p for name, p in shipped().items() if name.startswith(kinds)}
-    bare = {name: name.split("/")[1] for name in files}
+    bare = {name: name.split("/")[-1] for name in files}
     same = [name for name in files if text in (name, bare[name])]
     if len(same) > 1:
         raise InputError(f"{text}: is the name of several; say {' or '.join(same)}")

@@ -347,8 +347,8 @@ def model_card(name: str, cfg: Config, result: dict[str, Any], gpt2: bool, repo:
     attention = getattr(cfg.model_configs, cfg.hyperparams.model_architecture).attention_layer
     mark = not_comparable(data.get("lost_titles", 0), data["n_val"])
     body = Environment(keep_trailing_newline=True, undefined=StrictUndefined).from_string(asset("card.md")).render(
-        name=visible(name), cfg=cfg, r={"commit": None, "beats_counting": None, **result, "versions": made}, d=data, attention=attention, mark=mark, gpt2=gpt2, repo=repo,
-        local=not of_hub(cfg.data.source), code=code)
+        name=visible(name), cfg=cfg, r={"commit": None, "beats_counting": None, **result, "versions": made}, d=data, attention=attention,
+        mark=mark, gpt2=gpt2, repo=repo, local=not of_hub(cfg.data.source), code=code)
     return f"{card_head(name, cfg, result, gpt2)}\n{body}"
 
 # %% ../nbs/28_hub.ipynb #42bb95ee
