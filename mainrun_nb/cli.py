@@ -292,7 +292,7 @@ def first_sentence(path: Path) -> str:
         lines = "".join(json.loads(text)["cells"][0]["source"]).splitlines()
         return next((line[2:] for line in lines if line.startswith("> ")), "")
     comment = re.match(r"(?:#.*\n)*", text)[0]  # type: ignore[index]
-    return re.split(r"(?<=[.;:])\s", " ".join(line.lstrip("# ") for line in comment.splitlines()))[0].rstrip(";:")
+    return re.split(r"(?<=\.)\s", " ".join(line.lstrip("# ") for line in comment.splitlines()))[0]
 
 
 def copy_files(files: dict[str, Path], folder: Path) -> list[Path]:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mainrun_nb import checkpoint, cli, sources
+from mainrun_nb import checkpoint, console, sources
 from mainrun_nb.config import InputError, RunError, load_config, read_yaml, save_config, scrubbed, tiny
 from mainrun_nb.sources import atomic_write, check_file_name
 from mainrun_nb.tracking import Tracker, check_tracking, read_events
@@ -78,11 +78,11 @@ def test_a_stream_that_closes_takes_nothing_with_it(capfd):
         def write(self, text):
             raise ValueError("I/O operation on closed file")
 
-    err = cli.Stream(Gone(), fatal=False)
+    err = console.Stream(Gone(), fatal=False)
     print("x", file=err, flush=True)
     assert err.error.errno == errno.EBADF
     with pytest.raises(OSError, match="Bad file descriptor"):
-        print("x", file=cli.Stream(Gone(), fatal=True))
+        print("x", file=console.Stream(Gone(), fatal=True))
 
 
 def test_control_characters_do_not_steer_a_terminal():
@@ -91,7 +91,7 @@ def test_control_characters_do_not_steer_a_terminal():
             return True
 
     seen = Terminal()
-    print("a title\x1b[2J\x07\r with\tcommands \u202e", file=cli.Stream(seen, fatal=True))
+    print("a title\x1b[2J\x07\r with\tcommands \u202e", file=console.Stream(seen, fatal=True))
     assert seen.getvalue() == r"a title\x1b[2J\x07\r with" + "\t" + r"commands \u202e" + "\n"
 
 
@@ -103,8 +103,8 @@ def test_an_interrupt_while_the_package_is_imported_takes_one_line():
 
 
 def test_a_broken_pipe_of_something_else_is_not_hidden(monkeypatch):
-    monkeypatch.setattr(sys, "stdout", cli.Stream(io.StringIO(), fatal=True))
-    with pytest.raises(BrokenPipeError), cli.for_people("mainrun-x"):
+    monkeypatch.setattr(sys, "stdout", console.Stream(io.StringIO(), fatal=True))
+    with pytest.raises(BrokenPipeError), console.for_people("mainrun-x"):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
 
