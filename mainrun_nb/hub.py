@@ -341,15 +341,19 @@ def card_head(name: str, cfg: Config, result: dict[str, Any], gpt2: bool) -> str
 # %% ../nbs/28_hub.ipynb #ff1b3b36
 def model_card(name: str, cfg: Config, result: dict[str, Any], gpt2: bool, repo: str) -> str:
     "The README.md of an export, from static/card.md: what the model is, how good, of what data, how it is used, and its limits."
-    from jinja2 import Environment, StrictUndefined
+    from jinja2 import Environment, StrictUndefined, UndefinedError
 
     data, made = {"revision": None, **result["data"]}, {"mainrun_nb": __version__, **result.get("versions", {})}
     attention = getattr(cfg.model_configs, cfg.hyperparams.model_architecture).attention_layer
     mark = not_comparable(data.get("lost_titles", 0), data["n_val"])
-    body = Environment(keep_trailing_newline=True, undefined=StrictUndefined).from_string(asset("card.md")).render(
+    template = Environment(keep_trailing_newline=True, undefined=StrictUndefined).from_string(asset("card.md"))
+    parts = dict(
         name=visible(name), cfg=cfg, r={"commit": None, "beats_counting": None, **result, "versions": made}, d=data, attention=attention,
         mark=mark, gpt2=gpt2, repo=repo, local=not of_hub(cfg.data.source), code=code)
-    return f"{card_head(name, cfg, result, gpt2)}\n{body}"
+    try:
+        return f"{card_head(name, cfg, result, gpt2)}\n{template.render(parts)}"
+    except (KeyError, TypeError, UndefinedError) as e:  # a result of an older version, or edited
+        raise InputError(f"result.json: lacks what a model card needs ({first_line(e)})") from None
 
 # %% ../nbs/28_hub.ipynb #42bb95ee
 def finished_run(run_dir: Path) -> tuple[OpenRun, dict[str, Any]]:
@@ -395,14 +399,9 @@ def export_run(
     repo: str = "OWNER/NAME",  # where it will lie on the hub, for its model card
 ) -> Path:  # the folder
     "Write a run as a folder for others: weights, tokenizer, configuration, model card. Raises `InputError`, having written nothing."
-    from jinja2 import UndefinedError
-
     run, result = finished_run(Path(run_dir))
-    try:
-        with written_whole(Path(out_dir)) as draft:
-            write_export(run, result, Path(run_dir).resolve().name, repo, draft)
-    except (KeyError, UndefinedError) as e:  # a result of an older version, or edited
-        raise InputError(f"{Path(run_dir) / 'result.json'}: lacks what a model card needs ({first_line(e)})") from None
+    with written_whole(Path(out_dir)) as draft:
+        write_export(run, result, Path(run_dir).resolve().name, repo, draft)
     return Path(out_dir)
 
 # %% ../nbs/28_hub.ipynb #8e6077f4
