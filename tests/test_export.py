@@ -182,7 +182,8 @@ class Hub(BaseHTTPRequestHandler):
         if "/commit/" in self.path:
             lines = [json.loads(line) for line in body.splitlines()]
             server.files |= {v["path"]: base64.b64decode(v["content"]) for v in (line["value"] for line in lines if line["key"] == "file")}
-            return self.answer({"success": True, "commitOid": "1" * 40, "commitUrl": "http://x/me/titles/commit/1", "hookOutput": ""})
+            url = f"http://{self.headers['Host']}/me/titles/commit/{'1' * 40}"
+            return self.answer({"success": True, "commitOid": "1" * 40, "commitUrl": url, "hookOutput": ""})
         self.answer({"error": self.path}, 404)
 
 
