@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from .config import Config, InputError, RunError, flatten, load_config, read_yaml
 from .data import load_titles, split_titles, titles_digest
 from .models import build_model
-from .sources import NOT_OFFERED, atomic_write, force_folder, say_once, write_forced
+from .files import NOT_OFFERED, atomic_write, force_folder, say_once, write_forced
 from .tokenizer import Tokenizer, load_tokenizer
 from .tracking import as_event
 

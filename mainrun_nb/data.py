@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .config import Config, Hyperparams, InputError
-from .sources import load_titles, read_titles  # noqa: F401 (scripts import both from here)
+from .sources import hub_set, load_titles, read_titles  # noqa: F401 (scripts import both readers from here)
 
 # %% ../nbs/03_data.ipynb #68319558
 def split_titles(
@@ -58,8 +58,8 @@ def fingerprint(
 ) -> dict[str, Any]:
     "What identifies the data of a run: source, revision, counts, sha256 of the split, tokens per epoch."
     source = cfg.data.source
-    named = source in ("hackernews", "synthetic")
-    return dict(source=source if named else Path(source).name, revision=cfg.data.revision if source == "hackernews" else None,
+    hub = hub_set(cfg.data)
+    return dict(source=source if hub or source == "synthetic" else Path(source).name, revision=hub.revision if hub else None,
                 n_titles=len(train) + len(val), n_train=len(train), n_val=len(val), sha256=titles_digest(train, val),
                 tokens_per_epoch=n_train_tokens)
 

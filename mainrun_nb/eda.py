@@ -25,7 +25,7 @@ import numpy as np
 from . import moved
 from .config import Config, InputError, RunError
 from .data import joined_chars, load_titles, reference_losses, split_titles, token_stream
-from .sources import atomic_write
+from .files import atomic_write
 
 # %% ../nbs/04_eda.ipynb #fda5fa4f
 def count_words(titles: Iterable[str]) -> Counter[str]:
