@@ -30,7 +30,7 @@ from .checkpoint import differences  # noqa: F401  scripts import it from here
 from .checkpoint import check_titles, elsewhere, file_digest, finished, identify, list_checkpoints, load_checkpoint, open_run
 from .checkpoint import remove_later, require_one_run, rng_state, run_lock, save_checkpoint, sealed, set_rng_state, sweep_scratch
 from .config import Config, Hyperparams, InputError, RunError, config_yaml, flatten, load_config
-from .data import Batches, fingerprint, joined_chars, load_titles, read_titles, reference_losses, shard_seed, split_titles
+from .data import Batches, fingerprint, joined_chars, load_titles, read_split, read_titles, reference_losses, shard_seed, split_titles
 from .data import steps_per_epoch, titles_digest, token_stream
 from .evaluate import challenge_windows, lost_titles, not_comparable, validation_metrics
 from .generate import write_titles
@@ -53,7 +53,7 @@ class RunData:
     val_titles: list[str]
     tokenizer: Tokenizer
     train_chars: int  # characters of the training text, for nats per character
-    info: dict[str, Any]  # fingerprint, tokenizer, titles that it does not give back, and reference losses
+    info: dict[str, Any]  # fingerprint, account, tokenizer, titles that it does not give back, and reference losses
 
 # %% ../nbs/27_trainer.ipynb #47c71bc8
 def references(train_ids: Tensor, val_ids: Tensor, vocab_size: int, titles: list[str]) -> dict[str, float]:
@@ -66,12 +66,12 @@ def prepare_data(
     tokenizer: Tokenizer | None = None,  # that of the run to be resumed; none: train one
 ) -> RunData:
     "Titles to token streams. Raises `InputError` for a source or a split that cannot be."
-    train, val = split_titles(load_titles(cfg), cfg)
+    train, val, account = read_split(cfg)
     seen = () if cfg.data.source == "synthetic" else val  # a floor is one only for what was fitted without these titles (chapter 01)
     tokenizer = tokenizer or train_tokenizer(train, seen, cfg.tokenizer.kind, cfg.hyperparams.vocab_size)
     train_ids, val_ids = token_stream(train, tokenizer), token_stream(val, tokenizer)
     info = {**fingerprint(train, val, cfg, len(train_ids)), "val_tokens": len(val_ids), "val_chars": joined_chars(val),
-            "tokenizer": tokenizer.meta, "vocab_size": tokenizer.vocab_size, "lost_titles": lost_titles(val_ids, val, tokenizer),
+            "tokenizer": tokenizer.meta, "vocab_size": tokenizer.vocab_size, **account.record(lost_titles(val_ids, val, tokenizer)),
             **references(train_ids, val_ids, tokenizer.vocab_size, val)}
     return RunData(train_ids, val_ids, val, tokenizer, joined_chars(train), info)
 
@@ -484,6 +484,8 @@ def one_run(
     if isinstance(ready, dict):
         return ready
     data, plan, memory = ready
+    if progress and not procs.rank:
+        print(f"{cfg.data.source}: {data.info['account']['text']}", flush=True)
     state = make_state(cfg, data.tokenizer.vocab_size, device, procs, data.tokenizer.pairs)
     with ExitStack() as held:
         found, own = procs.share(lambda: claim(held, run_dir, cfg, resume, data))
