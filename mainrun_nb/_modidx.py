@@ -278,6 +278,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mainrun_nb.eda.Zipf.__call__': ('eda.html#zipf.__call__', 'mainrun_nb/eda.py'),
                                 'mainrun_nb.eda._half': ('eda.html#_half', 'mainrun_nb/eda.py'),
                                 'mainrun_nb.eda._show': ('eda.html#_show', 'mainrun_nb/eda.py'),
+                                'mainrun_nb.eda.account_rows': ('eda.html#account_rows', 'mainrun_nb/eda.py'),
                                 'mainrun_nb.eda.by_half': ('eda.html#by_half', 'mainrun_nb/eda.py'),
                                 'mainrun_nb.eda.by_script': ('eda.html#by_script', 'mainrun_nb/eda.py'),
                                 'mainrun_nb.eda.count_tokens': ('eda.html#count_tokens', 'mainrun_nb/eda.py'),

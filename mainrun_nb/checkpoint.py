@@ -256,7 +256,8 @@ def remove_later(found: Checkpoint) -> None:
 # %% ../nbs/25_checkpoint.ipynb #1bc42148
 FREE = ("tracking.", *(f"hyperparams.{k}" for k in ("device", "log_file", "save_every", "keep_checkpoints", "max_bad_steps",
                                                     "memory_budget_gb", "zero_optimizer", "heartbeat")))  # may differ on resume
-PLACE = ("data.source", "data.revision", "data.column")  # may differ where the digest says that the titles are the same
+# May differ where the digest says that the titles are the same.
+PLACE = ("data.source", "data.revision", "data.split", "data.column", "data.encoding")
 
 
 def decisive(settings: dict[str, Any]) -> dict[str, Any]:

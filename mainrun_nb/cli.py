@@ -214,7 +214,7 @@ def train_cli(
 def eval_cli(
     run_dir: str,  # run folder
     *overrides: str,  # settings of data, such as data.column=headline
-    titles: str | None = None,  # a file of other titles; default: the run's own validation split
+    titles: str | None = None,  # other titles, as data.source names them; default: the run's own validation split
     which: str = "last",  # checkpoint: last or best
 ):
     "Evaluate a trained model; prints all metrics as JSON, with the step of the checkpoint"

@@ -12,6 +12,7 @@ __all__ = ['NAMES', 'HUB_REVISION', 'GROUPS', 'TINY', 'positive', 'at_least', 'b
 # %% ../nbs/00a_config.ipynb #eaba2fcd
 import difflib
 import io
+import json
 import math
 import os
 import re
@@ -438,11 +439,13 @@ def read_yaml(path: Path) -> dict:
 # %% ../nbs/00a_config.ipynb #fdb29edb
 def _read_override(text: str) -> dict:
     "The tree of one `section.key=value`."
-    key, eq, _ = text.partition("=")
+    key, eq, value = text.partition("=")
     if not eq or not key.strip():
         raise InputError(f"override {shown(text)}: expected section.key=value, such as hyperparams.lr=0.01")
     if key.count(".") + key.count("[") > LEVELS:
         raise InputError(f"override {shown(text)}: a key of more than {LEVELS} levels")
+    if value.startswith("*") or (" #" in value and value[0] not in "\"'[{"):  # a pattern of paths is no alias, and there are no comments
+        text = f"{key}={json.dumps(value)}"
     try:
         tree = OmegaConf.to_container(OmegaConf.from_dotlist([text]), resolve=False)
     except Exception:  # as in a file

@@ -99,7 +99,8 @@ class Account:
         files = f" in {self.files:,} files" if self.files > 1 else ""
         again = f"{self.duplicates:,} duplicates {'dropped' if self.deduplicated else 'kept'}" if self.duplicates else "no duplicates"
         read = f"{self.read:,} titles read{files}{few(self.left_out)}; {f'dropped: {why}' if why else 'none dropped'}"
-        return visible("; ".join([read, f"{self.shortened:,} shortened", again, *self.of_validation()]))
+        cut = f"{self.shortened:,} shortened" if self.shortened else "none shortened"
+        return visible("; ".join([read, cut, again, *self.of_validation()]))
 
     def of_validation(self) -> list[str]:
         "What is known of the validation titles, in words; what to do where many of them were trained on."
@@ -323,6 +324,8 @@ def open_rows(data: DataConfig) -> Any:
 # %% ../nbs/02_sources.ipynb #bbc7f8a9
 def all_titles(data: DataConfig) -> tuple[list[str], Account]:
     "Every title of a source that is not the grammar, in its own order, and the account of them. Raises `InputError`."
+    if data.source == "synthetic":
+        raise InputError("data.source=synthetic has no end; a file of titles can be written with chapter 01's sample_titles")
     account, rows = Account(check_text(data.source, "data.source")), open_rows(data)
     if rows is None:
         return read_files(data.source, account, data), account
