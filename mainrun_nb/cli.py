@@ -89,7 +89,7 @@ def train_cli(
 def eval_cli(
     run_dir: RunDir,  # run folder
     *overrides: Settings,  # settings of data, such as data.column=headline
-    titles: Annotated[str | None, {"metavar": "SOURCE"}] = None,  # other titles, as data.source names them; default: the run's own validation split
+    titles: Annotated[str | None, {"metavar": "SOURCE"}] = None,  # other titles, named like data.source; default: its own validation split
     which: Which = "last",  # checkpoint
 ):
     "Evaluate a trained model; prints all metrics as JSON, with the step of the checkpoint"

@@ -30,6 +30,7 @@ from .evaluate import not_comparable
 from .gpt import GPT
 from .models import build_model
 from .page import asset
+from .sources import HUB_NAME
 from .tokenizer import SPECIALS, Tokenizer, disguise, load_tokenizer
 
 # %% ../nbs/28_hub.ipynb #40831dc2
@@ -331,7 +332,7 @@ def code(text: Any) -> str:
 def card_head(name: str, cfg: Config, result: dict[str, Any], gpt2: bool) -> str:
     "The block that the hub reads."
     source = cfg.data.source
-    own = {"hackernews": "julien040/hacker-news-posts"}.get(source, source.removeprefix("hf:") if source.startswith("hf:") else "")
+    own = HUB_NAME if source == "hackernews" else "/".join(source[3:].split("/")[:2]) if source.startswith("hf:") else ""
     metric = {"type": "loss", "name": "nats per character, full coverage", "value": round(result["val/loss"], 6)}
     found = {"task": {"type": "text-generation"}, "dataset": {"type": own or "custom", "name": source}, "metrics": [metric]}
     head = {"library_name": "transformers" if gpt2 else "mainrun_nb", "pipeline_tag": "text-generation", "tags": ["mainrun_nb"],
