@@ -153,7 +153,7 @@ def refuse_arguments(parser: ArgumentParser) -> Callable[[str], NoReturn]:
 
     return refuse
 
-
+# %% ../nbs/33a_console.ipynb #24a444fb
 def parser_of(func: Callable, positional: tuple[str, ...], prog: str, examples: Iterable[str]) -> ArgumentParser:
     "The parser of a command."
     parser = anno_parser(func, prog=prog, pos=list(positional))
@@ -189,7 +189,7 @@ def setting_words(prefix: str) -> list[str]:
     names = next(f for f in fields(section) if f.name == last).metadata.get("names", lambda: ())()
     return [f"{key}={value}" for value in (("true", "false") if isinstance(known[key], bool) else names)]
 
-
+# %% ../nbs/33a_console.ipynb #b42aabb6
 def words_for(prefix: str, action: Any, **rest: Any) -> Iterable[str]:
     "What may stand for an argument that begins with `prefix`."
     from argcomplete.completers import DirectoriesCompleter, FilesCompleter
