@@ -23,6 +23,7 @@ MOVED = {
     "eda": dict.fromkeys(("plain_words", "duplicates", "ngrams", "overlap_plain", "RunIndex", "Overlap", "overlap", "overlap_rows",
                           "plot_overlap", "leak_rows"), "overlap"),
     "models": dict.fromkeys(("export_gpt2", "import_gpt2", "hf_tokenizer"), "hub"),
+    "sources": dict.fromkeys(("write_forced", "force_folder", "atomic_write", "check_file_name"), "files"),
     "sparsek": dict.fromkeys(("SparseKAttention", "SparseKCache", "sparsek_fast"), "sparsek_stream"),
     "sweep": {**dict.fromkeys(("make_report", "write_html", "axis_of", "importance", "plot_overview", "plot_settings",
                                "plot_parallel"), "report"),

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from .config import Config, InputError, RunError, flatten, load_config, read_yaml
 from .data import load_titles, split_titles, titles_digest
 from .models import build_model
-from .sources import NOT_OFFERED, atomic_write, force_folder, say_once, write_forced
+from .files import NOT_OFFERED, atomic_write, force_folder, say_once, write_forced
 from .tokenizer import Tokenizer, load_tokenizer
 from .tracking import as_event
 
@@ -256,7 +256,8 @@ def remove_later(found: Checkpoint) -> None:
 # %% ../nbs/25_checkpoint.ipynb #1bc42148
 FREE = ("tracking.", *(f"hyperparams.{k}" for k in ("device", "log_file", "save_every", "keep_checkpoints", "max_bad_steps",
                                                     "memory_budget_gb", "zero_optimizer", "heartbeat")))  # may differ on resume
-PLACE = ("data.source", "data.revision", "data.column")  # may differ where the digest says that the titles are the same
+# May differ where the digest says that the titles are the same.
+PLACE = ("data.source", "data.revision", "data.split", "data.column", "data.encoding")
 
 
 def decisive(settings: dict[str, Any]) -> dict[str, Any]:

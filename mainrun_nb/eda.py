@@ -24,8 +24,9 @@ import numpy as np
 
 from . import moved
 from .config import Config, InputError, RunError
-from .data import joined_chars, load_titles, reference_losses, split_titles, token_stream
-from .sources import atomic_write
+from .data import joined_chars, reference_losses, split_titles, token_stream
+from .files import atomic_write
+from .sources import Account, draw_titles
 
 # %% ../nbs/04_eda.ipynb #fda5fa4f
 def count_words(titles: Iterable[str]) -> Counter[str]:
@@ -383,6 +384,13 @@ def join_parts(parts: Iterable[Part]) -> Part:
             pictures[name] = pictures.get(name, []) + drawings
     return rows, pictures
 
+# %% ../nbs/04_eda.ipynb #61d74bc0
+def account_rows(account: Account) -> Rows:
+    "What was read of the source, and what was dropped."
+    counts = {"read": account.read, "that were empty": account.empty, "that were null": account.null, "that were no text": account.not_text,
+              "shortened": account.shortened, "that had stood there before": account.duplicates}
+    return {f"titles of the source {name}": {"combined": n} for name, n in counts.items()}
+
 # %% ../nbs/04_eda.ipynb #aff8ba7f
 def explore(
     cfg: Config,
@@ -391,11 +399,12 @@ def explore(
     more: Iterable[Callable[[list[str], list[str]], Part]] = (),  # (train, val) -> another part, such as chapter 05's
 ) -> dict[str, Any]:  # what eda.json holds: rows, openings, files
     "Analyse the titles of `cfg`, write eda.md, eda.json and pictures. Raises `InputError` for what cannot be read or written."
-    train, val = _half(load_titles(cfg), cfg)
+    titles, account = draw_titles(cfg)
+    train, val = _half(titles, cfg)
     folder = Path(out_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        parts = [explore_titles(train, val), *(measure(train, val) for measure in more)]
+        parts = [explore_titles(train, val), (account_rows(account), {}), *(measure(train, val) for measure in more)]
         if make_tokenizer:
             parts.append(explore_tokens(train, val, make_tokenizer(train, val)))
         rows, pictures = join_parts(parts)

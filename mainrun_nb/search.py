@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from .config import Config, InputError, flatten, read_yaml
+from .config import Config, InputError, find_file, flatten, read_yaml
 from .space import COUNT, FLAG, FORMS, LIST, MAPPING, NUMBER, TEXT, Dimension, Key, is_number, one_name, quantile
 from .space import read_dimension, read_keys
 from .trials import Trial, effective, is_read, read_board
@@ -196,7 +196,7 @@ def read_search(
     base: Config,  # what it varies
 ) -> Search:
     "Read and check a search file. Raises `InputError` for anything that is not understood."
-    raw = read_yaml(Path(path))
+    raw = read_yaml(find_file(path, "search"))
     try:
         keys = read_keys(raw, SEARCH)
         metric = read_keys(keys["metric"], METRIC, "metric")

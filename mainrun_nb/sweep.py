@@ -31,7 +31,7 @@ from .data import load_titles
 from .memory import MemoryBudgetError, check_budget, check_build
 from .runtime import Interrupted, in_log_file, noted_signals, pick_device
 from .search import Chooser, Dimension, Search, for_wandb, grid_points, optuna_history, random_point, read_search  # noqa: F401
-from .sources import check_file_name
+from .files import check_file_name
 from .space import Setting
 from .tracking import has_key, sync_hint, wandb_mode
 from .trials import ENGINES, FINAL, EvaluationLog, Leaderboard, LocalEngine, Trial, disk_was_full, evaluations, override

@@ -27,7 +27,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from .case import Pairs, case_pattern, find_pairs, fold, fold_token, recase
 from .config import InputError, RunError, check_name
-from .sources import atomic_write, check_text, check_titles
+from .files import atomic_write
+from .sources import check_text, check_titles
 
 # %% ../nbs/07_tokenizer.ipynb #aa157d3d
 BYTES = [bytes([b]) for b in range(256)]

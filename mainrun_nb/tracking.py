@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from .config import Config, InputError, RunError, TrackingConfig, check_name, first_line, register_name, scrubbed
-from .sources import atomic_write
+from .files import atomic_write
 
 # %% ../nbs/24_tracking.ipynb #e1aafb4f
 def as_json(value: Any) -> Any:

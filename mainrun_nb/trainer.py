@@ -30,8 +30,7 @@ from .checkpoint import differences  # noqa: F401  scripts import it from here
 from .checkpoint import check_titles, elsewhere, file_digest, finished, identify, list_checkpoints, load_checkpoint, open_run
 from .checkpoint import remove_later, require_one_run, rng_state, run_lock, save_checkpoint, sealed, set_rng_state, sweep_scratch
 from .config import Config, Hyperparams, InputError, RunError, config_yaml, flatten, load_config
-from .data import Batches, fingerprint, joined_chars, load_titles, read_titles, reference_losses, shard_seed, split_titles
-from .data import steps_per_epoch, titles_digest, token_stream
+from .data import Batches, fingerprint, joined_chars, read_split, reference_losses, shard_seed, steps_per_epoch, titles_digest, token_stream
 from .evaluate import challenge_windows, lost_titles, not_comparable, validation_metrics
 from .generate import write_titles
 from .memory import check_budget, formula_need
@@ -40,6 +39,7 @@ from .models import build_model, count_parameters
 from .optim import EMA, StepResult, build_optimizer, check_precision, lr_factor, make_scaler, set_lr, train_step, whole_state
 from .runtime import Interrupted, Processes, device_info, freed_memory_kept, git_commit, in_log_file, joined, noted_signals
 from .runtime import peak_memory, pick_device, speed_report, versions
+from .sources import Account, all_titles
 from .tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from .tracking import Tracker, as_json, check_tracking, plot_curves, read_events
 
@@ -53,7 +53,7 @@ class RunData:
     val_titles: list[str]
     tokenizer: Tokenizer
     train_chars: int  # characters of the training text, for nats per character
-    info: dict[str, Any]  # fingerprint, tokenizer, titles that it does not give back, and reference losses
+    info: dict[str, Any]  # fingerprint, account, tokenizer, titles that it does not give back, and reference losses
 
 # %% ../nbs/27_trainer.ipynb #47c71bc8
 def references(train_ids: Tensor, val_ids: Tensor, vocab_size: int, titles: list[str]) -> dict[str, float]:
@@ -66,12 +66,12 @@ def prepare_data(
     tokenizer: Tokenizer | None = None,  # that of the run to be resumed; none: train one
 ) -> RunData:
     "Titles to token streams. Raises `InputError` for a source or a split that cannot be."
-    train, val = split_titles(load_titles(cfg), cfg)
+    train, val, account = read_split(cfg)
     seen = () if cfg.data.source == "synthetic" else val  # a floor is one only for what was fitted without these titles (chapter 01)
     tokenizer = tokenizer or train_tokenizer(train, seen, cfg.tokenizer.kind, cfg.hyperparams.vocab_size)
     train_ids, val_ids = token_stream(train, tokenizer), token_stream(val, tokenizer)
     info = {**fingerprint(train, val, cfg, len(train_ids)), "val_tokens": len(val_ids), "val_chars": joined_chars(val),
-            "tokenizer": tokenizer.meta, "vocab_size": tokenizer.vocab_size, "lost_titles": lost_titles(val_ids, val, tokenizer),
+            "tokenizer": tokenizer.meta, "vocab_size": tokenizer.vocab_size, **account.record(lost_titles(val_ids, val, tokenizer)),
             **references(train_ids, val_ids, tokenizer.vocab_size, val)}
     return RunData(train_ids, val_ids, val, tokenizer, joined_chars(train), info)
 
@@ -484,6 +484,8 @@ def one_run(
     if isinstance(ready, dict):
         return ready
     data, plan, memory = ready
+    if progress and not procs.rank:
+        print(f"{cfg.data.source}: {data.info['account']['text']}", flush=True)
     state = make_state(cfg, data.tokenizer.vocab_size, device, procs, data.tokenizer.pairs)
     with ExitStack() as held:
         found, own = procs.share(lambda: claim(held, run_dir, cfg, resume, data))
@@ -545,13 +547,13 @@ def train(
         return RunResult(run_dir, one_run(procs, device, cfg, run_dir, resume, progress, on_event))
 
 # %% ../nbs/27_trainer.ipynb #a92cea0b
-def own_titles(run_dir: str | Path, run: OpenRun, cfg: Config) -> tuple[list[str], list[str]]:
-    "The training and validation titles of a run. Raises `InputError` where its source does not hold them any more."
-    train, val = split_titles(load_titles(cfg), cfg)
+def own_titles(run_dir: str | Path, run: OpenRun, cfg: Config) -> tuple[list[str], list[str], Account]:
+    "The titles of a run in halves, and their account. Raises `InputError` where its source does not hold them any more."
+    train, val, account = read_split(cfg)
     if run.titles and not titles_digest(train, val).startswith(run.titles):
         hint = "data.source=FILE names where they are now, --titles a file of others"
         raise InputError(f"{run_dir}: '{cfg.data.source}' no longer holds the titles of this run; {hint}")
-    return train, val
+    return train, val, account
 
 
 def data_settings(run: OpenRun, overrides: Iterable[str]) -> Config:
@@ -559,7 +561,7 @@ def data_settings(run: OpenRun, overrides: Iterable[str]) -> Config:
     for text in overrides:
         if not text.startswith("data."):
             raise InputError(f"{text}: a finished run takes other settings of data only, as data.source=FILE or data.column=NAME")
-    own = [f"{k}={v}" for k, v in flatten(run.cfg).items() if k.startswith("data.") and v is not None]
+    own = [f"{k}={json.dumps(v)}" for k, v in flatten(run.cfg).items() if k.startswith("data.")]
     return replace(run.cfg, data=load_config(None, [*own, *overrides]).data)
 
 # %% ../nbs/27_trainer.ipynb #c8989aec
@@ -575,7 +577,7 @@ def fits_window(ids: Tensor, hp: Hyperparams) -> bool:
 # %% ../nbs/27_trainer.ipynb #a0b34354
 def evaluate_run(
     run_dir: str | Path,
-    titles: str | None = None,  # a file of other titles; none: the run's own validation split
+    titles: str | None = None,  # another source, such as a file or folder; none: the run's own validation split
     which: str = "last",  # or "best"
     overrides: Sequence[str] = (),  # settings of data, such as data.column=headline
 ) -> dict[str, Any]:
@@ -584,15 +586,11 @@ def evaluate_run(
     Raises `InputError` where the run's own titles are not found any more: some of others may be titles that it was trained on.
     """
     run = open_run(run_dir, which)
-    cfg = data_settings(run, overrides)
-    if titles is None:
-        train, val = own_titles(run_dir, run, cfg := elsewhere(cfg))
-    else:
-        train, val = [], read_titles(Path(titles), cfg.data.column)
-        cfg = replace(cfg, data=replace(cfg.data, source=titles))
+    cfg = data_settings(run, overrides if titles is None else [*overrides, f"data.source={json.dumps(titles)}"])
+    train, val, account = own_titles(run_dir, run, elsewhere(cfg)) if titles is None else ([], *all_titles(cfg.data))
     ids = token_stream(val, run.tokenizer)
     lost = lost_titles(ids, val, run.tokenizer)
     metrics = {"step": run.checkpoint.step, "val/challenge_loss": None, "val/coverage": 0.0, "titles": len(val), "tokens": len(ids)}
-    metrics |= {"lossless": not lost, "lost_titles": lost}
+    metrics |= {"lossless": not lost, **account.record(lost)}
     counted = references(token_stream(train, run.tokenizer), ids, run.tokenizer.vocab_size, val) if train else {}
     return {**metrics, **validation_metrics(run.model, ids, val, cfg, challenge=fits_window(ids, cfg.hyperparams)), **counted}

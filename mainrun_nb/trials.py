@@ -31,7 +31,7 @@ import torch
 import yaml
 
 from .checkpoint import atomic_write, lock, read_sealed, sealed
-from .config import InputError, RunError
+from .config import InputError, RunError, shipped
 from .runtime import ask
 from .tracking import as_event
 
@@ -294,11 +294,10 @@ def read_board(out_dir: str | Path) -> Leaderboard:
 
 # %% ../nbs/29a_trials.ipynb #b6fc1401
 def template(name: str) -> Path:
-    "A notebook of the folder `sweeps`: here, or beside the package in its checkout. Raises `InputError`."
-    for folder in (Path.cwd(), Path(__file__).resolve().parents[1]):
-        if (folder / "sweeps" / name).exists():
-            return folder / "sweeps" / name
-    raise InputError(f"sweeps/{name}: no such file here; run from the checkout{', or use --fast' if name == 'trial.ipynb' else ''}")
+    "A notebook that comes with the package, or one's own of that name in the folder `sweeps` here. Raises `InputError`."
+    if found := shipped().get(name):
+        return found.absolute()
+    raise InputError(f"sweeps/{name}: no such file{', use --fast' if name == 'trial.ipynb' else ''}; the package is not installed whole")
 
 # %% ../nbs/29a_trials.ipynb #c5e9e7a5
 FAST = "from sys import argv as a; from mainrun_nb.cli import train_cli; train_cli(*a[3:], config=a[1], out=a[2], resume=True)"

@@ -58,7 +58,7 @@ def refusal(call, *args):
 def titles():
     rng = random.Random(0)
     pieces = ["Show HN:", "a, b", '"quoted"', "l'été", "价格", "🚀", "line\nbreak", "tab\there", "\u2028", "C:\\x", "{json: 1}", "", "'"]
-    return [" ".join(rng.choices(pieces, k=rng.randrange(1, 6))).strip() for _ in range(300)]
+    return [" ".join(rng.choices(pieces, k=rng.randrange(1, 6))).strip() or "none" for _ in range(300)]
 
 
 def write(path, titles):
@@ -110,26 +110,30 @@ def test_other_column_and_home(tmp_path, monkeypatch):
     ("a.txt.gz", gzip.compress(b"", mtime=0), "no titles"),
     ("a.csv", b"title\n", "no titles"),
     ("a.csv", b"\n\n", "no titles"),
-    ("a.txt", b"\x7fELF\x02\x01\x00" + bytes(range(256)), "zero bytes"),
+    ("a.txt", b"\x7fELF\x02\x01\x00" + bytes(range(128)), "zero bytes"),
     ("a.txt", "utf-16".encode("utf-16"), "not UTF-8"),
     ("a.txt", b"fine\nfine\ncaf\xe9\n", "line 3"),
     ("a.txt", b"\xef\xbb\xbffine\ncaf\xe9\n", "line 2"),
     ("a.txt.gz", b"plain text", "gzip"),
     ("a.txt.gz", gzip.compress(os.urandom(5000))[:2000], "gzip"),
     ("a.csv", b"a,b\n1,2\n", "no column 'title'"),
-    ("a.csv", b"title\n" + b'"' + b"x" * 200_000 + b'"\n', "not valid CSV"),
+    ("a.csv", b"title\n" + b'"' + b"x" * 200_000 + b'"\n', "title 1 has 200,000 characters"),
+    ("a.txt", b"fine\n" + b"x" * 200_000, "title 2 has 200,000 characters"),
     ("a.csv", b'title\n"open\n', "not valid CSV"),
-    ("a.jsonl", b'{"title": "x"}\n{"titel": "y"}\n', "line 2: no column 'title' (data.column). Did you mean 'titel'"),
-    ("a.jsonl", b'{"title": null}\n', "title 1 is None, not text"),
+    ("a.jsonl", b'{"titel": "x"}\n{"titel": "y"}\n', "no column 'title' (data.column). Did you mean 'titel'"),
+    ("a.jsonl", b'{"title": null}\n', "none of 1 values is a title"),
+    ("a.jsonl", b'{"title": {"en": "x"}}\n{"title": 7}\n', "none of 2 values is a title ({'en': 'x'} is not text)"),
     ("a.jsonl", b"[" * 100_000, "not valid JSON"),
     ("a.jsonl", b'{"title": "a"}\n{"title": "x\\ud83d"}\n', "title 2 holds half a surrogate pair, '\\ud83d' at character 2"),
     ("a.jsonl", b'{"title": "\\ude00\\ud83d"}\n', "title 1 holds half a surrogate pair"),
-    ("a.jsonl", b'{"title": ["a"]}\n', "title 1 is ['a'], not text"),
+    ("a.json", b"[1, true, NaN]", "none of 3 values is a title (1 is not text)"),
+    ("a.json", b'{"data": ["a"]}', "no column 'title'"),
+    ("a.json", b'{\n"data": ["a"]}', "expected a list of titles"),
     ("a.jsonl", b'{"title": "a\xed\xa0\xbd"}\n', "line 1: not UTF-8"),  # half a pair in the manner of CESU-8
     ("a.txt", b"fine\na\xed\xa0\xbd\xed\xb8\x80\n", "line 2: not UTF-8"),
     ("a.csv", b"title\ncaf\xc3\n", "line 2: not UTF-8"),
     ("a.parquet", b"PAR1 but not really PAR1", "not a whole Parquet file"),
-    ("a.tsv", b"title\n", "unknown kind"),
+    ("a.xlsx", b"title\n", "unknown kind"),
     ("a", b"title\n", "unknown kind"),
     ("a.gz", b"title\n", "unknown kind"),
 ])
@@ -156,11 +160,11 @@ def test_bad_parquet(tmp_path, titles):
     path.write_bytes(raw[:-20])
     assert "not a whole Parquet file" in refusal(read_titles, path)
     pq.write_table(pa.table({"title": [1, 2]}), path)
-    assert "title 1 is 1, not text" in refusal(read_titles, path)
+    assert "none of 2 values is a title (1 is not text)" in refusal(read_titles, path)
     pq.write_table(pa.table({"title": ["a", None]}), path)
-    assert "title 2 is None" in refusal(read_titles, path)
+    assert read_titles(path) == ["a"]
     pq.write_table(pa.table({"title": [b"a"]}), path)
-    assert "title 1 is b'a', not text" in refusal(read_titles, path)
+    assert "b'a' is not text" in refusal(read_titles, path)
     pq.write_table(pa.table({"title": half_a_character()}), path)
     assert "a title is not UTF-8 text (byte 0xc3)" in refusal(read_titles, path)
     pq.write_table(pa.table({"titles": ["a"]}), path)
@@ -217,7 +221,7 @@ def test_unreadable(tmp_path, monkeypatch):
     def denied(*args):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("mainrun_nb.sources.open", denied, raising=False)
+    monkeypatch.setattr("mainrun_nb.formats.open", denied, raising=False)
     assert "Permission denied" in refusal(load_titles, config(tmp_path / "a.txt"))
 
 
@@ -257,13 +261,15 @@ def test_folders_that_are_something_else(tmp_path, hub_cache):
     import pyarrow.parquet as pq
 
     (tmp_path / "empty").mkdir()
-    assert "not a folder in the hub's layout" in refusal(load_titles, config(tmp_path / "empty"))
+    assert "the folder holds no file of titles" in refusal(load_titles, config(tmp_path / "empty"))
     (tmp_path / "half").mkdir()
     pq.write_table(pa.table({"title": half_a_character()}), tmp_path / "half" / "t.parquet")
     assert "a title is not UTF-8 text" in refusal(load_titles, config(tmp_path / "half", 2))
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test.csv").write_text("title\na\nb\n")
-    assert "train" in refusal(load_titles, config(tmp_path / "tests"))
+    assert sorted(load_titles(config(tmp_path / "tests", 2))) == ["a", "b"]
+    (tmp_path / "tests" / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: gone/*.csv\n---\n")
+    assert "its README.md describes a data set that cannot be loaded" in refusal(load_titles, config(tmp_path / "tests", 2))
 
 
 def fill_cache(cache, revision, titles):
@@ -290,7 +296,7 @@ def fill_cache(cache, revision, titles):
 def test_offline_reads_the_cache_but_only_the_pinned_revision(hub_cache, titles, monkeypatch):
     import datasets
 
-    monkeypatch.setattr(sources, "hub_silence", lambda revision: "ConnectError")
+    monkeypatch.setattr(sources, "hub_silence", lambda hub: "ConnectError")
     before = datasets.config.HF_HUB_OFFLINE
     fill_cache(hub_cache, PIN, titles)
     assert load_titles(config("hackernews", 50)) == [titles[i] for i in draw(300, 50, 1337)]
@@ -300,7 +306,7 @@ def test_offline_reads_the_cache_but_only_the_pinned_revision(hub_cache, titles,
 
 
 def test_unreachable_hub_names_the_offline_sources(hub_cache, monkeypatch):
-    monkeypatch.setattr(sources, "hub_silence", lambda revision: "ConnectError")
+    monkeypatch.setattr(sources, "hub_silence", lambda hub: "ConnectError")
     text = refusal(load_titles, config("hackernews"))
     assert "cannot be reached" in text and "synthetic" in text and ".txt" in text
 
@@ -315,7 +321,7 @@ def test_hub_is_asked_for_the_pinned_revision(monkeypatch):
         return datasets.Dataset.from_dict({"title": [f" {i} " for i in range(100)]})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(sources, "hub_silence", lambda revision: "")
+    monkeypatch.setattr(sources, "hub_silence", lambda hub: "")
     assert load_titles(config("hackernews", 10)) == [str(i) for i in draw(100, 10, 1337)]
     assert asked == [(("julien040/hacker-news-posts",), dict(revision=PIN, split="train"), datasets.config.HF_HUB_OFFLINE)]
 

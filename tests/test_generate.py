@@ -2,6 +2,7 @@
 import math
 import os
 import random
+import select
 import subprocess
 import sys
 from collections import Counter
@@ -256,3 +257,65 @@ def test_controls_in_a_prompt_are_text_and_a_title_stays_one_line(run):
         for title in generate(run, prompt, 3, max_tokens=6):
             assert len(title.splitlines()) <= 1
             assert Path(run).parent.name.startswith("challenge") or title.startswith(" ".join(prompt.split()))
+
+
+# --- as you type ---
+
+
+CHAT = "import sys; from mainrun_nb.cli import generate_cli; sys.argv[0] = 'mainrun-generate'; generate_cli()"
+
+
+@pytest.fixture(scope="module")
+def spoken(tmp_path_factory) -> Path:
+    "A run whose titles are long, since it has learned next to nothing."
+    folder = tmp_path_factory.mktemp("chat") / "run"
+    short = ("hyperparams.max_steps=2", "hyperparams.context_length=256", "hyperparams.batch_size=1", "hyperparams.num_titles=300")
+    train(tiny(*short), folder, progress=False)
+    return folder
+
+
+def test_piped_lines_are_completed_one_a_line(spoken):
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", CHAT, str(spoken), "--chat", "--temperature", "0.5"]
+    done = subprocess.run(command, input=b"Show HN:\n\nA \x1b[2J title", env=env, capture_output=True, timeout=300)
+    assert done.returncode == 0 and done.stderr == b"", done.stderr
+    lines = done.stdout.decode().splitlines()
+    assert len(lines) == 3 and lines[0].startswith("Show HN:") and lines[2].startswith(r"A \x1b[2J title") and b"\x1b" not in done.stdout
+    env |= {"PYTHONUTF8": "1", "LC_ALL": "C.UTF-8"}
+    done = subprocess.run(command, input=b"fine\ncaf\xe9\n", env=env, capture_output=True, timeout=300)
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and done.stderr.startswith(b"mainrun-generate: "), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a terminal of Unix")
+def test_at_a_terminal_ctrl_c_stops_a_title_and_ctrl_d_ends(spoken):
+    import pty
+
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ |= {"PYTHONPATH": str(ROOT), "TERM": "dumb"}
+        os.execv(sys.executable, [sys.executable, "-c", CHAT, str(spoken), "--chat", "--n", "500"])  # there is always one to stop
+    seen = b""
+
+    def until(words: bytes) -> bytes:
+        "What the terminal shows up to these words."
+        nonlocal seen
+        while words not in seen:
+            assert select.select([terminal], [], [], 120)[0], f"waited for {words!r}, saw {seen!r}"
+            seen += os.read(terminal, 4096)
+        shown, _, seen = seen.partition(words)
+        return shown
+
+    assert b"Ctrl-D ends" in until(b"> ")
+    for typed in (b"Show HN:\n", b"\x1b[A\n"):  # the arrow brings the line before
+        os.write(terminal, b"half a line\x03")  # dropped
+        until(b"> ")
+        os.write(terminal, typed)
+        until(b"Show HN:")  # as it is typed
+        until(b"Show HN:")  # a title begins
+        os.write(terminal, b"\x03")
+        until(b"mainrun-generate: stopped")
+        until(b"> ")
+    os.write(terminal, b"\x04")
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    os.close(terminal)

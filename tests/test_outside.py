@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mainrun_nb import checkpoint, cli, sources
+from mainrun_nb import checkpoint, console, files, formats, sources
 from mainrun_nb.config import InputError, RunError, load_config, read_yaml, save_config, scrubbed, tiny
-from mainrun_nb.sources import atomic_write, check_file_name
+from mainrun_nb.files import atomic_write, check_file_name
 from mainrun_nb.tracking import Tracker, check_tracking, read_events
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,11 +78,11 @@ def test_a_stream_that_closes_takes_nothing_with_it(capfd):
         def write(self, text):
             raise ValueError("I/O operation on closed file")
 
-    err = cli.Stream(Gone(), fatal=False)
+    err = console.Stream(Gone(), fatal=False)
     print("x", file=err, flush=True)
     assert err.error.errno == errno.EBADF
     with pytest.raises(OSError, match="Bad file descriptor"):
-        print("x", file=cli.Stream(Gone(), fatal=True))
+        print("x", file=console.Stream(Gone(), fatal=True))
 
 
 def test_control_characters_do_not_steer_a_terminal():
@@ -91,7 +91,7 @@ def test_control_characters_do_not_steer_a_terminal():
             return True
 
     seen = Terminal()
-    print("a title\x1b[2J\x07\r with\tcommands \u202e", file=cli.Stream(seen, fatal=True))
+    print("a title\x1b[2J\x07\r with\tcommands \u202e", file=console.Stream(seen, fatal=True))
     assert seen.getvalue() == r"a title\x1b[2J\x07\r with" + "\t" + r"commands \u202e" + "\n"
 
 
@@ -103,8 +103,8 @@ def test_an_interrupt_while_the_package_is_imported_takes_one_line():
 
 
 def test_a_broken_pipe_of_something_else_is_not_hidden(monkeypatch):
-    monkeypatch.setattr(sys, "stdout", cli.Stream(io.StringIO(), fatal=True))
-    with pytest.raises(BrokenPipeError), cli.for_people("mainrun-x"):
+    monkeypatch.setattr(sys, "stdout", console.Stream(io.StringIO(), fatal=True))
+    with pytest.raises(BrokenPipeError), console.for_people("mainrun-x"):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
 
@@ -183,7 +183,7 @@ def test_a_notebook_that_papermill_runs_holds_no_key(tmp_path):
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP])
 def test_a_folder_that_cannot_be_forced_to_the_disk_is_mentioned_once(number, tmp_path, monkeypatch):
     real = os.fsync
-    monkeypatch.setattr(sources, "SAID", set())
+    monkeypatch.setattr(files, "SAID", set())
 
     def only_files(handle: int) -> None:
         if os.path.isdir(f"/proc/self/fd/{handle}"):
@@ -211,7 +211,7 @@ def test_a_failing_disk_is_an_error_and_the_file_stays(number, tmp_path, monkeyp
 @pytest.mark.parametrize(("number", "says"), [(errno.ENOLCK, None), (errno.ENOSYS, None), (errno.EOPNOTSUPP, None),
                                               (errno.EAGAIN, "another process"), (errno.EIO, "cannot be locked .Input/output error")])
 def test_a_lock_that_is_not_to_be_had(number, says, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "SAID", set())
+    monkeypatch.setattr(files, "SAID", set())
     monkeypatch.setattr("fcntl.flock", mock.Mock(side_effect=OSError(number, os.strerror(number))))
     if says:
         with pytest.raises(InputError, match=says), checkpoint.run_lock(tmp_path):
@@ -254,7 +254,7 @@ def test_the_copy_of_the_log_replaces_nothing_that_is_not_this_runs(tmp_path):
 
 
 def test_files_that_unpack_without_end_are_refused_by_their_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "LARGEST_FILE", 2**20)
+    monkeypatch.setattr(formats, "LARGEST_FILE", 2**20)
     (tmp_path / "bomb.txt.gz").write_bytes(gzip.compress(b"a" * 2**21))
     column = pa.array(["x" * 1000] * 5000).dictionary_encode()
     pq.write_table(pa.table({"title": column}), tmp_path / "bomb.parquet")

@@ -1,6 +1,8 @@
 """A wheel built from this repository installs, imports and answers outside the checkout."""
 import configparser
+import csv
 import importlib.metadata
+import json
 import os
 import re
 import subprocess
@@ -8,6 +10,7 @@ import sys
 import zipfile
 from email.parser import HeaderParser
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -27,7 +30,8 @@ def wheel(tmp_path_factory) -> Path:
     """The wheel of the files that git knows, built without a network."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     names = ["settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"]
-    package = [p for p in (ROOT / "mainrun_nb").rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    package = [p for name in ("mainrun_nb", "sweeps") for p in (ROOT / name).rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    package = [p for p in package if not p.is_relative_to(ROOT / "sweeps/runs")]
     for path in [*(ROOT / n for n in names), *package]:
         target = source / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +65,11 @@ def test_the_wheel_carries_the_package_and_nothing_else(wheel, settings):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {n.split("/")[0] for n in names}
     assert tops == {"mainrun_nb", f"mainrun_nb-{settings['version']}.dist-info"}
-    assert {"mainrun_nb/py.typed", *(f"mainrun_nb/static/page.{kind}" for kind in ("html", "css", "js"))} <= set(names)
+    static = {f"mainrun_nb/static/{name}" for name in ("card.md", "page.html", "page.css", "page.js")}
+    assert {"mainrun_nb/py.typed", *static} <= set(names)
+    carried = {str(p.relative_to(ROOT)) for kind in ("base", "search", "sota") for p in (ROOT / "sweeps" / kind).glob("*.yaml")}
+    carried |= {"sweeps/trial.ipynb", "sweeps/report.ipynb"}
+    assert {n.removeprefix("mainrun_nb/") for n in names if n.startswith("mainrun_nb/sweeps/")} == carried
     assert any(n.endswith("licenses/LICENSE") for n in names)
     modules = {f"mainrun_nb/{p.name}" for p in (ROOT / "mainrun_nb").glob("*.py")}
     assert modules <= set(names)
@@ -89,6 +97,117 @@ def test_every_console_script_answers_help(installed, settings):
     for name in scripts(settings):
         done = subprocess.run([installed / "bin" / name, "--help"], cwd=installed.parent, env=env, capture_output=True, text=True)
         assert done.returncode == 0 and f"usage: {name} " in done.stdout, done.stderr
+
+
+def test_what_there_is_and_no_checkout_needed(installed, settings):
+    """`python -m mainrun_nb` names every command; the shipped files are those of the wheel."""
+    said = outside(installed, "import runpy, sys; sys.argv = ['x']; runpy.run_module('mainrun_nb', run_name='__main__', alter_sys=True)")
+    assert set(re.findall(r"^  (mainrun-\w+)", said, re.M)) == set(scripts(settings)) and "exit codes:" in said
+    said = outside(installed, "from mainrun_nb.config import shipped, load_config; load_config('quickstart'); print(*shipped().values())")
+    assert all(Path(path).is_relative_to(installed / "mainrun_nb" / "sweeps") for path in said.split())
+
+
+# --- a stranger: nothing but the wheel, a CSV of their own and an empty folder ---
+
+
+class Stranger(NamedTuple):
+    home: Path
+    installed: Path
+
+    def says(self, line: str, stdin: str | None = None, code: int = 0, **env: str) -> subprocess.CompletedProcess:
+        """What a line in this folder's shell prints."""
+        known = {k: v for k, v in os.environ.items() if k not in ("HN_TITLES", "VIRTUAL_ENV")}
+        known |= {"PYTHONPATH": str(self.installed), "PYTHONSAFEPATH": "1", "PATH": f"{self.installed / 'bin'}:{os.environ['PATH']}", **env}
+        done = subprocess.run(["bash", "-c", line], cwd=self.home, env=known, input=stdin, capture_output=True, text=True, timeout=600)
+        assert done.returncode == code and "Traceback" not in done.stderr, done.stderr[-3000:]
+        return done
+
+
+OWN = "data.source=titles.csv data.column=headline"
+SHORT = "hyperparams.num_titles=1200 hyperparams.vocab_size=500 hyperparams.max_steps=6 hyperparams.evals_per_epoch=1"
+
+
+@pytest.fixture(scope="module")
+def stranger(installed, tmp_path_factory) -> Stranger:
+    """A folder with a CSV in it."""
+    from mainrun_nb.synthetic import sample_titles
+
+    home = tmp_path_factory.mktemp("stranger")
+    with open(home / "titles.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["when", "headline"], *(["2026", t] for t in dict.fromkeys(sample_titles(2500, seed=3)))])
+    return Stranger(home, installed)
+
+
+@pytest.fixture(scope="module")
+def trained(stranger) -> Stranger:
+    done = stranger.says(f"mainrun-train --config quickstart --out runs/first {OWN} {SHORT}")
+    assert json.loads(done.stdout.splitlines()[-1])["data"]["n_titles"] == 1200 and done.stdout.count("\n") == 1
+    for step in ("mainrun-generate runs/first --chat", "mainrun-report runs/first", "mainrun-export runs/first runs/first-export"):
+        assert step in done.stderr
+    return stranger
+
+
+@pytest.mark.slow
+def test_a_stranger_trains_and_evaluates(trained):
+    result = json.loads((trained.home / "runs/first/result.json").read_text())
+    assert json.loads(trained.says("mainrun-eval runs/first").stdout)["val/loss"] == result["val/loss"]
+    assert result["commit"] is None
+    trained.says("mainrun-check runs/first")
+
+
+@pytest.mark.slow
+def test_a_stranger_sweeps_with_notebooks_and_compares(trained):
+    (trained.home / "search.yaml").write_text("method: grid\nmetric: {name: val/loss, goal: minimize}\n"
+                                              "parameters: {hyperparams.lr: {values: [1.0e-3, 3.0e-3]}}\n")
+    done = trained.says(f"mainrun-sweep search.yaml --config quickstart --out runs/sweep {OWN} {SHORT}")
+    assert "next:" in done.stderr and "mainrun-report runs/sweep" in done.stderr
+    assert len(list(trained.home.glob("runs/sweep/trial-*/out.ipynb"))) == 2
+    page = Path(trained.says("mainrun-report runs/first runs/sweep --out page.html").stdout.strip())
+    assert page.name == "page.html" and "<html" in page.read_text(encoding="utf-8")[:200] and page.with_suffix(".ipynb").exists()
+    assert "hyperparams.lr" in trained.says("mainrun-report runs/sweep/trial-0000/run runs/sweep/trial-0001/run --diff").stdout
+
+
+@pytest.mark.slow
+def test_a_stranger_generates_and_exports(trained):
+    assert len(trained.says('mainrun-generate runs/first --prompt "Show HN:" --n 3').stdout.splitlines()) == 3
+    lines = trained.says("mainrun-generate runs/first --chat", stdin="Show HN:\nAsk HN:\n").stdout.splitlines()
+    assert [line[:3] for line in lines] == ["Sho", "Ask"]
+    assert trained.says("mainrun-export runs/first shared").stdout == "shared\n"
+    one, other = (trained.says(f"mainrun-generate {place} --seed 5").stdout for place in ("runs/first", "shared"))
+    assert one == other and len(one.splitlines()) == 5
+    assert "`titles.csv`" in (trained.home / "shared/README.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_stranger_copies_what_there_is_and_edits_it(stranger):
+    listed = [line.split()[0] for line in stranger.says("mainrun-configs").stdout.splitlines()]
+    assert {"base/quickstart", "sota/small", "trial.ipynb", "report.ipynb"} <= set(listed)
+    assert stranger.says("mainrun-configs quickstart").stdout == (ROOT / "sweeps/base/quickstart.yaml").read_text()
+    stranger.says("mkdir edited; cd edited; mainrun-configs quickstart --copy sweeps")
+    (stranger.home / "edited/sweeps/base/quickstart.yaml").write_text("hyperparams: {bath_size: 3}")
+    assert "bath_size" in stranger.says("cd edited; mainrun-memory --config quickstart", code=2).stderr
+    assert "nothing was copied" in stranger.says("cd edited; mainrun-configs quickstart --copy sweeps", code=2).stderr
+    for line, words in {"mainrun-configs quickstrat": "Did you mean 'quickstart'?",
+                        "mainrun-train --config small --out x": "say base/small or sota/small",
+                        "mainrun-train --config sweeps/base/quickstart.yaml --out x": "Did you mean 'base/quickstart'?",
+                        "mainrun-sweep quickstart --config quickstart --out x": "quickstart: no such file"}.items():
+        said = stranger.says(line, code=2).stderr
+        assert words in said and said.count("\n") == 1, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("line", "word"), [
+    ("mainrun-train --config quicks", "quickstart"), ("mainrun-train --config sota/sm", "sota/small"), ("mainrun-train --re", "--resume"),
+    ("mainrun-sweep search/", "search/"), ("mainrun-generate x --which l", "last"),
+    ("mainrun-train hyperparams.sched", "hyperparams.scheduler="),
+    ("mainrun-train --config quickstart hyperparams.optimizer=ada", "adamw"), ("mainrun-eval run", "runs/")])
+def test_the_tab_key_offers(line, word, stranger):
+    (stranger.home / "runs").mkdir(exist_ok=True)
+    asked = {"COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE": "1", "_ARGCOMPLETE_STDOUT_FILENAME": "offered",
+             "_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_SHELL": "bash", "_ARGCOMPLETE_COMP_WORDBREAKS": "\"'><=;|&(:"}
+    stranger.says(line.split()[0], **asked)
+    offered = (stranger.home / "offered").read_text().splitlines()
+    assert any(word in offer for offer in offered), offered
 
 
 # --- constraints.txt ---

@@ -1,4 +1,5 @@
 """Every command in README is run by a test, or marked as needing a GPU."""
+import csv
 import gzip
 import os
 import re
@@ -17,6 +18,8 @@ ELSEWHERE = {
     "make test": "this is it",
     "make lab": "tests/test_lab.py opens it in a browser",
     "make quickstart": "has a test of its own below",
+    "pip install mainrun_nb-0.2.0-py3-none-any.whl": "tests/test_packaging.py installs the wheel",
+    'pip install "mainrun_nb @ git+https://HOST/OWNER/NAME"': "the same from an address that only its owner knows",
 }
 
 
@@ -35,6 +38,7 @@ def bare(line: str) -> str:
     return re.split(r"\s+#\s", line)[0]
 
 
+DOOR = 'PATH="$PWD/.venv/bin:$PATH"'  # whoever installed a wheel has the commands on the path
 # What makes a long command a short one, appended to it.
 SHORT = "hyperparams.num_titles=2000 hyperparams.max_steps=4 hyperparams.batch_size=16"
 SHORTER = {"mainrun-train": "--test", "mainrun-sweep": f"{SHORT} --fast", "papermill": f"-p overrides '{SHORT}'",
@@ -87,16 +91,19 @@ def checkout(tmp_path_factory) -> Path:
 def run(command: list[str], checkout: Path) -> subprocess.CompletedProcess:
     env = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
     env["HN_TITLES"] = "titles.txt.gz"
-    return subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True, timeout=900)
+    return subprocess.run(command, cwd=checkout, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=900)
 
 
 @pytest.mark.slow
 def test_the_commands_run_as_they_stand(checkout):
     from mainrun_nb.synthetic import sample_titles
 
+    titles = list(dict.fromkeys(sample_titles(4000, seed=1)))
     with gzip.open(checkout / "titles.txt.gz", "wt", encoding="utf-8") as f:
-        f.write("\n".join(dict.fromkeys(sample_titles(4000, seed=1))))
-    done = run(["bash", "-euxc", "\n".join(runnable())], checkout)
+        f.write("\n".join(titles))
+    with open(checkout / "titles.csv", "w", newline="", encoding="utf-8") as f:
+        csv.writer(f).writerows([["headline"], *([t] for t in titles)])
+    done = run(["bash", "-euxc", "\n".join([DOOR, *runnable()])], checkout)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "+ mainrun-train" in done.stderr
 
@@ -118,5 +125,8 @@ def test_quickstart_ends_with_loss_floor_titles_and_picture(checkout):
 @pytest.mark.slow
 @pytest.mark.parametrize("code", blocks("python"), ids=range(len(blocks("python"))))
 def test_the_python_runs_as_it_stands(checkout, code):
+    if '"shared"' in code and not (checkout / "shared").exists():  # what the commands above it leave
+        made = f"{DOOR}; mainrun-train --config quickstart --out r {SHORT}; mainrun-export r shared"
+        assert run(["bash", "-euxc", made], checkout).returncode == 0
     done = run([sys.executable, "-c", code], checkout)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -70,7 +70,7 @@ def assert_same_run(a, b):
     ("hyperparams.model_architecture=gtp", "Did you mean"), ("model_configs.gpt.attention_layer=casual", "Did you mean"),
     ("attn_configs.causal.n_head=3", "3 heads do not divide")])
 def test_what_cannot_be_is_refused_before_a_title_is_read(tmp_path, monkeypatch, wrong, says):
-    monkeypatch.setattr(trainer, "load_titles", lambda cfg: pytest.fail("titles were read"))
+    monkeypatch.setattr(trainer, "read_split", lambda cfg: pytest.fail("titles were read"))
     with pytest.raises(InputError, match=says):
         quick(tiny(wrong), tmp_path / "run")
     assert not (tmp_path / "run").exists()

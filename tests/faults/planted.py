@@ -44,7 +44,7 @@ class Plant:
 
 M = "mainrun_nb."
 PLANTS = [
-    Plant("a file that is not replaced but overwritten", M + "sources:atomic_write", "os.replace(scratch, path)",
+    Plant("a file that is not replaced but overwritten", M + "files:atomic_write", "os.replace(scratch, path)",
           "path.write_bytes(data.encode() if isinstance(data, str) else data)", "writes",
           "a run", ("kill", "write run/config.yaml")),
     Plant("checksums of a checkpoint not compared", M + "checkpoint:read_checkpoint", "!= expected", "== 'x'", "damage",
