@@ -349,7 +349,7 @@ MEASURES = {
     "val/loss": ("loss", ".4f"), "val/challenge_loss": ("challenge loss", ".4f"), "val/coverage": ("coverage of the challenge loss", ".2%"),
     "val/nats_per_token": ("nats per token", ".4f"), "val/bits_per_byte": ("bits per byte", ".4f"), "val/floor": ("floor", ".4f"),
     "reference/kneser_ney": ("Kneser-Ney", ".4f"), "reference/bigram": ("bigram", ".4f"), "reference/unigram": ("unigram", ".4f"),
-    "parameters": ("parameters", ",.0f"), "parameters_non_embedding": ("of these not in tables", ",.0f"), "steps": ("steps", ",.0f"),
+    "parameters": ("parameters", ",.0f"), "parameters_non_embedding": ("of these not in embeddings", ",.0f"), "steps": ("steps", ",.0f"),
     "tokens_per_second": ("tokens per second", ",.0f"), "train_seconds": ("seconds of training", ",.1f")}
 
 # %% ../nbs/32_report.ipynb #40d7d1eb

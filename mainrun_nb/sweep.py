@@ -234,7 +234,7 @@ class Sweep:
 
 # %% ../nbs/31_sweep.ipynb #a44d7ae4
 def _outcome_of(future: Any) -> dict[str, Any]:
-    "A watcher's outcome; after an error of the file system the trial is to run again, after any other failure of the watcher it has failed."
+    "A watcher's outcome; after an error of the file system the trial is to run again, after any other of the watcher's it has failed."
     try:
         return future.result()
     except OSError as e:  # of the machine, not of the trial: it is to run again
