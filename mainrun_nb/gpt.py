@@ -126,10 +126,10 @@ def init_weights(
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-# %% ../nbs/15_gpt.ipynb #f631b70e
+# %% ../nbs/15_gpt.ipynb #d437fd4f
 CASE_WIDTH = 64  # of the layer in which state and piece meet
 
-
+# %% ../nbs/15_gpt.ipynb #f631b70e
 class CaseHead(nn.Module):
     "The probability of each way to write a piece, given the piece and the hidden state before it."
 
