@@ -176,7 +176,7 @@ def after_sweep(board: Any, out: str, name: str | None) -> None:
                the_same_for_others=f"mainrun-export {best} {shlex.quote(out.rstrip('/') + '-best')}")
 
 # %% ../nbs/34_cli.ipynb #92526b05
-@command("search", examples=["mainrun-sweep search/gpt --config quickstart --out runs/sweep --trials 8 --jobs 2",
+@command("search", examples=["mainrun-sweep search/own --config quickstart --out runs/sweep --trials 8 --jobs 2",
                              "mainrun-sweep search.yaml --config sota/small --out runs/sweep --fast hyperparams.epochs=2",
                              "mainrun-sweep search.yaml --config sota/small --out runs/sweep --resume --retry failed"])
 def sweep_cli(

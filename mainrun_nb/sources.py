@@ -347,8 +347,8 @@ def draw_titles(cfg: Config) -> tuple[list[str], Account]:
     account = Account(source)
     if (rows := open_rows(data)) is not None:
         return draw_rows(rows, wanted, account, data), account
-    titles = read_files(source, account, data)
-    return [titles[i] for i in draw(len(titles), wanted, data.seed, source)], account
+    titles, where = read_files(source, account, data), source + " without duplicates" * data.deduplicate
+    return [titles[i] for i in draw(len(titles), wanted, data.seed, where)], account
 
 
 def load_titles(cfg: Config) -> list[str]:

@@ -329,7 +329,7 @@ def test_hub_is_asked_for_the_pinned_revision(monkeypatch):
 class Hub(http.server.BaseHTTPRequestHandler):
     "As much of the hub as `load_dataset` asks for, with one revision of one data set."
 
-    files = {"README.md": b"---\nlicense: mit\n---\n"}
+    name, files = HUB_NAME, {"README.md": b"---\nlicense: mit\n---\n"}
 
     def log_message(self, *args):
         pass
@@ -340,10 +340,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         entries = [dict(type="file", path=p, size=len(raw), oid=hashlib.sha1(raw).hexdigest()) for p, raw in self.files.items()]
         folder = dict(type="directory", path="data", size=0, oid="0" * 40)
-        api, found = f"/api/datasets/{HUB_NAME}", None
+        api, found = f"/api/datasets/{self.name}", None
         match self.path.split("?")[0].removeprefix(api), self.path.split("?")[0].split(f"{PIN}/", 1)[-1]:
-            case f, _ if f == f"/revision/{PIN}":
-                found = dict(_id="0", id=HUB_NAME, sha=PIN, private=False, tags=[], siblings=[dict(rfilename=p) for p in self.files])
+            case f, _ if f in (f"/revision/{PIN}", "/revision/main"):
+                found = dict(_id="0", id=self.name, sha=PIN, private=False, tags=[], siblings=[dict(rfilename=p) for p in self.files])
             case f, _ if f == f"/tree/{PIN}":
                 found = [folder, entries[0]]
             case f, _ if f == f"/tree/{PIN}/data":
@@ -356,10 +356,54 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.send_header("X-Repo-Commit", PIN)
         self.send_header("ETag", f'"{hashlib.sha1(raw).hexdigest()}"')
         if found is None:
-            self.send_header("X-Error-Code", "RevisionNotFound" if "/revision/" in self.path else "EntryNotFound")
+            missing = "RevisionNotFound" if "/revision/" in self.path else "EntryNotFound"
+            missing = missing if f"/{self.name}/" in self.path else "RepoNotFound"
+            self.send_header("X-Error-Code", missing)
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(raw)
+
+
+def serve(hub, home):
+    "A small hub, and a function that asks it for five titles in a process of its own."
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = dict(os.environ, HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_HOME=str(home))
+    code = """if True:
+        import sys
+        from mainrun_nb.config import InputError, load_config
+        from mainrun_nb.data import load_titles
+        try:
+            print(load_titles(load_config(overrides=["hyperparams.num_titles=5", *sys.argv[1:]])))
+        except InputError as e:
+            print("refused:", e)"""
+    return server, lambda *overrides: subprocess.run([sys.executable, "-c", code, *overrides], env=env, capture_output=True, text=True,
+                                                     timeout=300)
+
+
+class Papers(Hub):
+    name, files = "owner/papers", {"README.md": b"---\nlicense: mit\n---\n"}
+
+
+@pytest.mark.slow
+def test_any_data_set_of_a_small_hub(tmp_path):
+    "Its column, split and revision by setting; what it does not have; then with the hub gone."
+    for split, n in (("train", 300), ("test", 40)):
+        path = tmp_path / f"{split}.csv"
+        path.write_text("headline,id\n" + "".join(f"{split} {i},{i}\n" for i in range(n)))
+        Papers.files |= {f"data/{split}.csv": path.read_bytes()}
+    server, ask = serve(Papers, tmp_path / "home")
+    own, column = "data.source=hf:owner/papers", "data.column=headline"
+    expected = str([f"train {i}" for i in draw(300, 5, 1337)])
+    assert ask(own, column).stdout.strip() == expected == ask(own, column, f"data.revision={PIN}").stdout.strip()
+    assert ask(own, column, "data.split=test").stdout.strip() == str([f"test {i}" for i in draw(40, 5, 1337)])
+    assert "no column 'title' (data.column). Known: headline, id." in ask(own).stdout
+    assert "owner/papers could not be loaded from the hub: Unknown split" in ask(own, column, "data.split=validation").stdout
+    assert "the hub has no data set owner/paper, or it is private and needs a key in HF_TOKEN" in ask("data.source=hf:owner/paper").stdout
+    server.shutdown()
+    server.server_close()
+    assert ask(own, column).stdout.strip() == expected
+    assert "it cannot be reached" in ask("data.source=hf:owner/other").stdout
 
 
 @pytest.mark.slow
@@ -367,20 +411,10 @@ def test_the_real_loader_against_a_small_hub(tmp_path):
     "Download, an unknown revision, then the same two with the hub gone."
     numbered = write(tmp_path / "t.parquet", [f" title {i} " for i in range(300)])
     Hub.files |= {"data/train-00000-of-00001.parquet": numbered.read_bytes()}
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    env = dict(os.environ, HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_HOME=str(tmp_path / "home"))
-    code = """if True:
-        import sys
-        from mainrun_nb.config import InputError, load_config
-        from mainrun_nb.data import load_titles
-        try:
-            print(load_titles(load_config(overrides=["hyperparams.num_titles=5", "data.revision=" + sys.argv[1]])))
-        except InputError as e:
-            print("refused:", e)"""
+    server, run = serve(Hub, tmp_path / "home")
 
     def ask(revision):
-        return subprocess.run([sys.executable, "-c", code, revision], env=env, capture_output=True, text=True, timeout=120)
+        return run(f"data.revision={revision}")
 
     expected = str([f"title {i}" for i in draw(300, 5, 1337)])
     first = ask(PIN)
