@@ -68,8 +68,8 @@ class Book:
     """What the pages share: the chapters, their parts, and where the repository lies, if it is published."""
 
     def __init__(self, folder: Path, repository: str = "") -> None:
-        self.repository = repository.rstrip("/")
-        self.blob = f"{self.repository}/blob/{os.environ.get('GITHUB_SHA', 'main')}"
+        self.repository, self.ref = repository.rstrip("/"), os.environ.get("GITHUB_SHA", "main")
+        self.blob = f"{self.repository}/blob/{self.ref}"
         texts = {p.stem: p.read_text(encoding="utf-8") for p in sorted(folder.glob("*.ipynb"))}
         index = "".join(new["source"] for cell in cells(texts.pop("index")) for new in shown(cell))
         self.titles = {name: cells(text)[0]["source"].partition("\n")[0].removeprefix("# ") for name, text in texts.items()}
@@ -92,7 +92,7 @@ class Book:
             parts += [f"[notebook]({self.blob}/nbs/{name}.ipynb)"] + [f"[module]({self.blob}/mainrun_nb/{module}.py)"] * bool(module)
         if self.repository.startswith("https://github.com/") and number in self.marked:
             colab = f"{self.blob}/nbs/{name}.ipynb".replace("https://github.com", "https://colab.research.google.com/github")
-            parts += [f"[Open in Colab]({colab}){{.colab}}, and first run `%pip install git+{self.repository}`"]
+            parts += [f"[Open in Colab]({colab}){{.colab}}, and first run `%pip install git+{self.repository}@{self.ref}`"]
         return "{.about}\n" + " · ".join(parts)
 
     def linked(self, text: str, here: str = "") -> str:
@@ -124,13 +124,15 @@ class Book:
         notebook["metadata"]["myst"] = {"html_meta": {"description": summary}}
         text[0] = json.dumps({**notebook, "cells": page})
 
-    def code(self, domain: str, info: dict[str, str]) -> str | None:
-        """sphinx.ext.linkcode's question: the address of an object's source."""
-        found: Any = sys.modules.get(info["module"])
+    def address(self, module: str, name: str) -> str | None:
+        """Where in the repository the source of an object of the library lies."""
+        found: Any = sys.modules.get(module)
         try:
-            for part in info["fullname"].split("."):
+            for part in name.split("."):
                 found = getattr(found, part)
-            found = inspect.unwrap(found.fget if isinstance(found, property) else found)
+            if isinstance(found, property):
+                found = found.fget
+            found = inspect.unwrap(found)
             lines, first = inspect.getsourcelines(found)
             path = Path(inspect.getfile(found)).resolve().relative_to(Path(__file__).resolve().parents[1])
         except (AttributeError, TypeError, OSError, ValueError):  # a value; or what another package defines
@@ -163,7 +165,7 @@ class Names(SphinxPostTransform):
         for full in (name for name, place in objects.items() if place.objtype in ("function", "class", "exception")):
             places.setdefault(full.rpartition(".")[2], []).append(full)
         for node in list(self.document.findall(nodes.literal)):
-            full = places.get(node.astext().removesuffix("()"), [])
-            if len(full) == 1 and isinstance(node.parent, nodes.paragraph):
-                place = objects[full[0]]
-                node.replace_self(make_refnode(self.app.builder, self.env.docname, place.docname, place.node_id, node.deepcopy(), full[0]))
+            found = places.get(node.astext().removesuffix("()"), [])
+            if len(found) == 1 and isinstance(node.parent, nodes.paragraph):
+                place = objects[found[0]]
+                node.replace_self(make_refnode(self.app.builder, self.env.docname, place.docname, place.node_id, node.deepcopy(), found[0]))

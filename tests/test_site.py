@@ -19,6 +19,11 @@ import book  # noqa: E402
 URL = "https://github.com/me/book"
 
 
+@pytest.fixture(autouse=True)
+def on_main(monkeypatch) -> None:
+    monkeypatch.delenv("GITHUB_SHA", raising=False)
+
+
 def code(text: str, outputs: tuple = ()) -> dict:
     return {"cell_type": "code", "metadata": {}, "source": text, "outputs": list(outputs)}
 
@@ -58,26 +63,28 @@ def test_links_out_of_the_book_only_where_the_repository_is_known(url):
     assert book.Book(ROOT / "nbs", url).linked(text, "14_loss") == f"{shown} chapters 99 and 14."
 
 
-def test_colab_for_the_first_chapters_of_a_book_on_github():
+def test_colab_for_the_first_chapters_of_a_book_on_github(monkeypatch):
     for url in ("", URL, "https://git.example.org/me/book"):
         pages = book.Book(ROOT / "nbs", url)
         assert pages.marked == {"00", "03", "07", "10", "15", "21", "23", "27"} and len(pages.parts) == 4
         lines = {number: pages.about(name, "module") for number, name in pages.names.items()}
         assert {n for n, line in lines.items() if "colab" in line} == (pages.marked if url == URL else set())
         assert all(("](" in line) == bool(url) for line in lines.values())
-    colab = "(https://colab.research.google.com/github/me/book/blob/main/nbs/03_data.ipynb)"
-    assert colab in book.Book(ROOT / "nbs", URL).about("03_data", "data")
+    monkeypatch.setenv("GITHUB_SHA", "0123abc")
+    line = book.Book(ROOT / "nbs", URL).about("03_data", "data")
+    assert "(https://colab.research.google.com/github/me/book/blob/0123abc/nbs/03_data.ipynb)" in line
+    assert "git+https://github.com/me/book@0123abc`" in line
 
 
 def test_the_address_of_a_source():
     import mainrun_nb.config  # noqa: F401
 
-    where = book.Book(ROOT / "nbs", URL).code
-    path, _, lines = (where("py", {"module": "mainrun_nb.config", "fullname": "did_you_mean"}) or "").partition("#")
+    where = book.Book(ROOT / "nbs", URL).address
+    path, _, lines = (where("mainrun_nb.config", "did_you_mean") or "").partition("#")
     first, last = (int(n[1:]) for n in lines.split("-"))
     text = (ROOT / "mainrun_nb/config.py").read_text().splitlines()
     assert path == f"{URL}/blob/main/mainrun_nb/config.py" and text[first - 1].startswith("def did_you_mean(") and first < last <= len(text)
-    assert [where("py", {"module": "mainrun_nb.config", "fullname": name}) for name in ("NAMES", "dataclass", "none")] == [None] * 3
+    assert [where("mainrun_nb.config", name) for name in ("NAMES", "dataclass", "none")] == [None] * 3
 
 
 def test_a_docstring_keeps_its_signs_and_gains_its_docments():
@@ -167,7 +174,7 @@ def test_the_site(request, tmp_path):
     site = tmp_path / "site"
     check_links(site)
     text = "".join(page.read_text(encoding="utf-8") for page in site.glob("*.html"))
-    assert not re.search(r'#\|</span>|#\| (export|fig-alt|slow)| object at 0x|"/blob/|colab\.research', text)
+    assert not re.search(r'#\|</span>|#\| (export|fig-alt|slow)| object at 0x|"/blob/', text)
     assert 'id="mainrun_nb.config.load_config"' in text and "in the order of the draw" in text
     port = request.getfixturevalue("browser")
     for name in ("index.html", "03_data.html", "10_attention.html", "35_results.html", "search.html?q=load_titles"):
