@@ -23,7 +23,8 @@ Cell = dict[str, Any]
 PARTS = re.compile(r"\*\*(Part (\d): .+?)\*\*")  # the index names the parts, and marks the chapters of a first reading
 MARKED = re.compile(r"\| (\d\d\w?) \| ● \|")
 NUMBER = re.compile(r"\d\d[a-z]?")
-CHAPTERS = re.compile(r"(?<!\[)\b[Cc]hapters? \d\d[a-z]?(?:(?:, | and | to )\d\d[a-z]?)*\b")
+# Chapters named in prose, and before them what is passed over: code, and what is a link already.
+CHAPTERS = re.compile(r"```.*?```|`[^`]*`|\[[^]]*\]\([^)]*\)|(\b[Cc]hapters? \d\d[a-z]?(?:(?:, | and | to )\d\d[a-z]?)*\b)", re.S)
 
 
 def cells(notebook: str) -> list[Cell]:
@@ -101,7 +102,7 @@ class Book:
             name = self.names.get(number[0], here)
             return number[0] if name == here else f"[{number[0]}]({name}.ipynb)"
 
-        text = CHAPTERS.sub(lambda found: NUMBER.sub(link, found[0]), text)
+        text = CHAPTERS.sub(lambda found: NUMBER.sub(link, found[1]) if found[1] else found[0], text)
         if self.repository:
             return re.sub(r"\]\(\.\./([^)]+)\)", rf"]({self.blob}/\1)", text)
         return re.sub(r"\[([^][]*)\]\(\.\./[^)]+\)", r"\1", text)

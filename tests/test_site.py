@@ -57,10 +57,11 @@ def test_a_cell_without_echo_is_what_it_wrote():
 
 @pytest.mark.parametrize("url", ["", URL, URL + "/"])
 def test_links_out_of_the_book_only_where_the_repository_is_known(url):
-    text = "See [small](../sweeps/small.yaml), chapters 02, 29a and 03, [chapter 03](03_data.ipynb), chapters 99 and 14."
+    text = "See [small](../sweeps/small.yaml), chapters 02, 29a and 03, [this chapter 03](03_data.ipynb), `chapter 03`, chapters 99 and 14."
     small = f"[small]({URL}/blob/main/sweeps/small.yaml)" if url else "small"
-    shown = f"See {small}, chapters [02](02_sources.ipynb), [29a](29a_trials.ipynb) and [03](03_data.ipynb), [chapter 03](03_data.ipynb),"
-    assert book.Book(ROOT / "nbs", url).linked(text, "14_loss") == f"{shown} chapters 99 and 14."
+    ours = "chapters [02](02_sources.ipynb), [29a](29a_trials.ipynb) and [03](03_data.ipynb)"
+    passed = "[this chapter 03](03_data.ipynb), `chapter 03`, chapters 99 and 14."
+    assert book.Book(ROOT / "nbs", url).linked(text, "14_loss") == f"See {small}, {ours}, {passed}"
 
 
 def test_colab_for_the_first_chapters_of_a_book_on_github(monkeypatch):
