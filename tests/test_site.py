@@ -67,7 +67,7 @@ def test_links_out_of_the_book_only_where_the_repository_is_known(url):
 def test_colab_for_the_first_chapters_of_a_book_on_github(monkeypatch):
     for url in ("", URL, "https://git.example.org/me/book"):
         pages = book.Book(ROOT / "nbs", url)
-        assert pages.marked == {"00", "03", "07", "10", "15", "21", "23", "27"} and len(pages.parts) == 4
+        assert {"03", "10", "27"} < pages.marked < pages.names.keys() and len(pages.marked) == 8 and len(pages.parts) == 4
         lines = {number: pages.about(name, "module") for number, name in pages.names.items()}
         assert {n for n, line in lines.items() if "colab" in line} == (pages.marked if url == URL else set())
         assert all(("](" in line) == bool(url) for line in lines.values())
