@@ -58,7 +58,8 @@ def shown(cell: Cell) -> Iterator[Cell]:
     elif "echo: false" in said:
         yield from (markdown("".join(out["data"]["text/markdown"])) for out in cell["outputs"])
     elif code and "hide" not in said:
-        alt = next((s.removeprefix("fig-alt:").strip() for s in said if s.startswith("fig-alt:")), None)
+        alt = next((s.removeprefix("fig-alt:").strip() for s in said if s.startswith("fig-alt:")), "")
+        alt = re.sub(r'^"(.*)"$', r"\1", alt)  # as YAML, where it is quoted
         about: Cell = {"image": {"alt": alt}} if alt else {}
         if folded := "exporti" in said:
             about |= {"code_prompt_show": f"Show {defined(code)}", "code_prompt_hide": f"Hide {defined(code)}"}

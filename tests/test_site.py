@@ -36,8 +36,9 @@ def test_what_is_for_the_tools_alone_is_not_shown(text):
 def test_a_cell_is_shown_without_its_directives_and_a_picture_is_described():
     (plain,) = book.shown(code("#| export\ndef f(): ..."))
     assert plain["source"] == "def f(): ..." and not plain["metadata"].get("tags")
-    (picture,) = book.shown(code("#| slow\n#| fig-alt: two curves: both fall\nplot()"))
-    assert picture["metadata"]["mystnb"]["image"]["alt"] == "two curves: both fall" and picture["source"] == "plot()"
+    for quote in ("", '"'):
+        (picture,) = book.shown(code(f"#| slow\n#| fig-alt: {quote}two curves: both fall{quote}\nplot()"))
+        assert picture["metadata"]["mystnb"]["image"]["alt"] == "two curves: both fall" and picture["source"] == "plot()"
 
 
 @pytest.mark.parametrize(
@@ -81,10 +82,10 @@ def test_the_address_of_a_source():
     import mainrun_nb.config  # noqa: F401
 
     where = book.Book(ROOT / "nbs", URL).address
-    path, _, lines = (where("mainrun_nb.config", "did_you_mean") or "").partition("#")
+    path, _, lines = (where("mainrun_nb.config", "load_config") or "").partition("#")
     first, last = (int(n[1:]) for n in lines.split("-"))
     text = (ROOT / "mainrun_nb/config.py").read_text().splitlines()
-    assert path == f"{URL}/blob/main/mainrun_nb/config.py" and text[first - 1].startswith("def did_you_mean(") and first < last <= len(text)
+    assert path == f"{URL}/blob/main/mainrun_nb/config.py" and text[first - 1].startswith("def load_config(") and first < last <= len(text)
     assert [where("mainrun_nb.config", name) for name in ("NAMES", "dataclass", "none")] == [None] * 3
 
 
