@@ -23,7 +23,8 @@ Cell = dict[str, Any]
 PARTS = re.compile(r"\*\*(Part (\d): .+?)\*\*")  # the index names the parts, and marks the chapters of a first reading
 MARKED = re.compile(r"\| (\d\d\w?) \| ● \|")
 NUMBER = re.compile(r"\d\d[a-z]?")
-CHAPTERS = re.compile(r"(?<!\[)\b[Cc]hapters? \d\d[a-z]?(?:(?:, | and | to )\d\d[a-z]?)*\b")
+# Chapters named in prose, and before them what is passed over: code, and what is a link already.
+CHAPTERS = re.compile(r"```.*?```|`[^`]*`|\[[^]]*\]\([^)]*\)|(\b[Cc]hapters? \d\d[a-z]?(?:(?:, | and | to )\d\d[a-z]?)*\b)", re.S)
 
 
 def cells(notebook: str) -> list[Cell]:
@@ -57,7 +58,8 @@ def shown(cell: Cell) -> Iterator[Cell]:
     elif "echo: false" in said:
         yield from (markdown("".join(out["data"]["text/markdown"])) for out in cell["outputs"])
     elif code and "hide" not in said:
-        alt = next((s.removeprefix("fig-alt:").strip() for s in said if s.startswith("fig-alt:")), None)
+        alt = next((s.removeprefix("fig-alt:").strip() for s in said if s.startswith("fig-alt:")), "")
+        alt = re.sub(r'^"(.*)"$', r"\1", alt)  # as YAML, where it is quoted
         about: Cell = {"image": {"alt": alt}} if alt else {}
         if folded := "exporti" in said:
             about |= {"code_prompt_show": f"Show {defined(code)}", "code_prompt_hide": f"Hide {defined(code)}"}
@@ -68,8 +70,8 @@ class Book:
     """What the pages share: the chapters, their parts, and where the repository lies, if it is published."""
 
     def __init__(self, folder: Path, repository: str = "") -> None:
-        self.repository = repository.rstrip("/")
-        self.blob = f"{self.repository}/blob/{os.environ.get('GITHUB_SHA', 'main')}"
+        self.repository, self.ref = repository.rstrip("/"), os.environ.get("GITHUB_SHA", "main")
+        self.blob = f"{self.repository}/blob/{self.ref}"
         texts = {p.stem: p.read_text(encoding="utf-8") for p in sorted(folder.glob("*.ipynb"))}
         index = "".join(new["source"] for cell in cells(texts.pop("index")) for new in shown(cell))
         self.titles = {name: cells(text)[0]["source"].partition("\n")[0].removeprefix("# ") for name, text in texts.items()}
@@ -92,7 +94,7 @@ class Book:
             parts += [f"[notebook]({self.blob}/nbs/{name}.ipynb)"] + [f"[module]({self.blob}/mainrun_nb/{module}.py)"] * bool(module)
         if self.repository.startswith("https://github.com/") and number in self.marked:
             colab = f"{self.blob}/nbs/{name}.ipynb".replace("https://github.com", "https://colab.research.google.com/github")
-            parts += [f"[Open in Colab]({colab}){{.colab}}, and first run `%pip install git+{self.repository}`"]
+            parts += [f"[Open in Colab]({colab}){{.colab}}, and first run `%pip install git+{self.repository}@{self.ref}`"]
         return "{.about}\n" + " · ".join(parts)
 
     def linked(self, text: str, here: str = "") -> str:
@@ -101,7 +103,7 @@ class Book:
             name = self.names.get(number[0], here)
             return number[0] if name == here else f"[{number[0]}]({name}.ipynb)"
 
-        text = CHAPTERS.sub(lambda found: NUMBER.sub(link, found[0]), text)
+        text = CHAPTERS.sub(lambda found: NUMBER.sub(link, found[1]) if found[1] else found[0], text)
         if self.repository:
             return re.sub(r"\]\(\.\./([^)]+)\)", rf"]({self.blob}/\1)", text)
         return re.sub(r"\[([^][]*)\]\(\.\./[^)]+\)", r"\1", text)
@@ -124,13 +126,15 @@ class Book:
         notebook["metadata"]["myst"] = {"html_meta": {"description": summary}}
         text[0] = json.dumps({**notebook, "cells": page})
 
-    def code(self, domain: str, info: dict[str, str]) -> str | None:
-        """sphinx.ext.linkcode's question: the address of an object's source."""
-        found: Any = sys.modules.get(info["module"])
+    def address(self, module: str, name: str) -> str | None:
+        """Where in the repository the source of an object of the library lies."""
+        found: Any = sys.modules.get(module)
         try:
-            for part in info["fullname"].split("."):
+            for part in name.split("."):
                 found = getattr(found, part)
-            found = inspect.unwrap(found.fget if isinstance(found, property) else found)
+            if isinstance(found, property):
+                found = found.fget
+            found = inspect.unwrap(found)
             lines, first = inspect.getsourcelines(found)
             path = Path(inspect.getfile(found)).resolve().relative_to(Path(__file__).resolve().parents[1])
         except (AttributeError, TypeError, OSError, ValueError):  # a value; or what another package defines
@@ -163,7 +167,7 @@ class Names(SphinxPostTransform):
         for full in (name for name, place in objects.items() if place.objtype in ("function", "class", "exception")):
             places.setdefault(full.rpartition(".")[2], []).append(full)
         for node in list(self.document.findall(nodes.literal)):
-            full = places.get(node.astext().removesuffix("()"), [])
-            if len(full) == 1 and isinstance(node.parent, nodes.paragraph):
-                place = objects[full[0]]
-                node.replace_self(make_refnode(self.app.builder, self.env.docname, place.docname, place.node_id, node.deepcopy(), full[0]))
+            found = places.get(node.astext().removesuffix("()"), [])
+            if len(found) == 1 and isinstance(node.parent, nodes.paragraph):
+                place = objects[found[0]]
+                node.replace_self(make_refnode(self.app.builder, self.env.docname, place.docname, place.node_id, node.deepcopy(), found[0]))

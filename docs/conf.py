@@ -18,7 +18,6 @@ katex = Path(os.environ.get("KATEX", root / ".venv/node_modules/katex")) / "dist
 project = html_title = "mainrun_nb"
 language = "en"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinxcontrib.katex", *(["sphinx.ext.linkcode"] if book.repository else [])]
-linkcode_resolve = book.code
 exclude_patterns = ["**.ipynb_checkpoints"]
 
 nb_execution_mode = "off"  # with the outputs that the notebooks carry
@@ -38,7 +37,11 @@ html_static_path = ["static"]
 html_css_files = ["book.css"]
 html_js_files = ["book.js"]
 html_copy_source = html_show_sourcelink = html_show_copyright = False
-pygments_dark_style = "a11y-high-contrast-dark"
+pygments_dark_style = "github-dark-high-contrast"
+
+
+def linkcode_resolve(domain: str, info: dict[str, str]) -> str | None:
+    return book.address(info["module"], info["fullname"])
 
 
 def copy_katex(app: Sphinx, failure: Exception | None) -> None:
