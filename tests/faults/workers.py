@@ -4,6 +4,7 @@
 """
 import ctypes
 import errno
+import gc
 import importlib
 import json
 import os
@@ -17,6 +18,7 @@ import time
 import traceback
 from configparser import ConfigParser
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,7 +125,9 @@ def warm_up() -> None:
     import torch
     import torch._dynamo
     from actions import SMALLEST, executed_here
+    from matplotlib.figure import Figure
 
+    import mainrun_nb.checkpoint
     import mainrun_nb.cli
     import mainrun_nb.hub
     import mainrun_nb.report
@@ -134,6 +138,7 @@ def warm_up() -> None:
     torch.set_num_threads(1)
     papermill.execute_notebook = executed_here  # no kernel for each case
     runtime.matrix_rate = lambda *args, **kwargs: 1e9  # a third of a second that says nothing here
+    Figure.draw = lambda *args: None  # a picture is written as any other, but there is nothing on it
 
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = Path(folder) / "tokenizer"
@@ -146,6 +151,10 @@ def warm_up() -> None:
         trainer.train_tokenizer = honest
         trainer.evaluate_run(Path(folder) / "run")
         mainrun_nb.report.write_html(Path(folder) / "run")
+        if find_spec("transformers"):
+            mainrun_nb.hub.export_gpt2(*mainrun_nb.checkpoint.load_run(Path(folder) / "run")[1:], Path(folder) / "exported")
+    gc.collect()
+    gc.freeze()  # a fork's collections do not touch, and so copy, what is here
 
 
 def connect(fd: int, how: str, path: str) -> None:
