@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-SMALLEST = ["data.source=synthetic", "tokenizer.kind=bpe", "attn_configs.causal.n_head=2",
+SMALLEST = ["data.source=synthetic", "tokenizer.kind=bpe", "tracking.backends=[silent]", "attn_configs.causal.n_head=2",
             *(f"hyperparams.{s}" for s in ("num_titles=300", "vocab_size=300", "epochs=1", "context_length=16", "batch_size=4",
                                            "max_steps=6", "save_every=2", "keep_checkpoints=3", "evals_per_epoch=1", "device=cpu",
                                            "optimizer=adamw", "lr=0.003")),

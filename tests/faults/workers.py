@@ -20,6 +20,7 @@ from configparser import ConfigParser
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import MagicMock
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
@@ -97,7 +98,8 @@ class Worker:
         env = {**os.environ, "PYTHONPATH": str(CODE), "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "PYTHONDONTWRITEBYTECODE": "1",
                "WANDB_MODE": "offline", **({"LD_PRELOAD": str(library)} if library else {})}
         env = {k: v for k, v in env.items() if not k.startswith(("PYTEST", "COLUMNS"))}
-        self.process = subprocess.Popen([sys.executable, __file__], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen([sys.executable, __file__], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                        start_new_session=True)  # Ctrl-C is not meant for it
 
     def run(self, job: Job) -> Done:
         """Do a job, and wait for it."""
@@ -132,12 +134,13 @@ def warm_up() -> None:
     import mainrun_nb.hub
     import mainrun_nb.report
     import mainrun_nb.sweep  # noqa: F401
-    from mainrun_nb import runtime, trainer
+    from mainrun_nb import runtime, tracking, trainer
     from mainrun_nb.config import load_config
 
     torch.set_num_threads(1)
     papermill.execute_notebook = executed_here  # no kernel for each case
     runtime.matrix_rate = lambda *args, **kwargs: 1e9  # a third of a second that says nothing here
+    tracking.register_backend("silent", lambda *args: MagicMock())
     Figure.draw = lambda *args: None  # a picture is written as any other, but there is nothing on it
 
     with tempfile.TemporaryDirectory() as folder:
