@@ -271,9 +271,9 @@ def read_tracking(
 ) -> dict[str, Any]:  # id, and `identity`: the run's, unless it is from before that was said
     "What dashboards call a run. Raises `OSError`, and `ValueError` for a damaged file."
     raw = path.read_bytes()
-    found = as_event(raw) or json.loads(raw)
-    bound = isinstance(found, dict) and "identity" in found
-    if not isinstance(found, dict) or not isinstance(found.get("id"), str) or bound != bool(_CRC.search(raw)):
+    sealed = _CRC.search(raw) is not None
+    found = as_event(raw) if sealed else json.loads(raw)
+    if not isinstance(found, dict) or not isinstance(found.get("id"), str) or ("identity" in found) != sealed:
         raise ValueError("it is not what the run wrote")
     return found
 
