@@ -20,6 +20,7 @@ from configparser import ConfigParser
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,13 +135,14 @@ def warm_up() -> None:
     import mainrun_nb.hub
     import mainrun_nb.report
     import mainrun_nb.sweep  # noqa: F401
-    from mainrun_nb import runtime, tracking, trainer
+    from mainrun_nb import compare, runtime, tracking, trainer
     from mainrun_nb.config import load_config
 
     torch.set_num_threads(1)
     papermill.execute_notebook = executed_here  # no kernel for each case
     runtime.matrix_rate = lambda *args, **kwargs: 1e9  # a third of a second that says nothing here
     tracking.register_backend("silent", lambda *args: MagicMock())
+    compare.time = SimpleNamespace(strftime=lambda *args: "now")  # a page says when it was written
     Figure.draw = lambda *args: None  # a picture is written as any other, but there is nothing on it
 
     with tempfile.TemporaryDirectory() as folder:
