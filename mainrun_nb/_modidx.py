@@ -626,6 +626,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'mainrun_nb.runtime.noted_signals': ('runtime.html#noted_signals', 'mainrun_nb/runtime.py'),
                                     'mainrun_nb.runtime.peak_memory': ('runtime.html#peak_memory', 'mainrun_nb/runtime.py'),
                                     'mainrun_nb.runtime.pick_device': ('runtime.html#pick_device', 'mainrun_nb/runtime.py'),
+                                    'mainrun_nb.runtime.signals_later': ('runtime.html#signals_later', 'mainrun_nb/runtime.py'),
                                     'mainrun_nb.runtime.speed_report': ('runtime.html#speed_report', 'mainrun_nb/runtime.py'),
                                     'mainrun_nb.runtime.versions': ('runtime.html#versions', 'mainrun_nb/runtime.py')},
             'mainrun_nb.scaling': { 'mainrun_nb.scaling.BatchLaw': ('scaling.html#batchlaw', 'mainrun_nb/scaling.py'),

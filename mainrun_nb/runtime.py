@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pick_device', 'device_info', 'freed_memory_kept', 'Processes', 'joined', 'Interrupted', 'noted_signals',
-           'in_log_file', 'git_commit', 'peak_memory', 'versions', 'speed_report']
+           'signals_later', 'in_log_file', 'git_commit', 'peak_memory', 'versions', 'speed_report']
 
 # %% ../nbs/20_runtime.ipynb #e885ffb6
 import ctypes
@@ -287,6 +287,23 @@ def noted_signals() -> Iterator[list[int]]:
     finally:
         for s, handler in old.items():
             signal.signal(s, handler)
+
+# %% ../nbs/20_runtime.ipynb #ea504abb
+@contextmanager
+def signals_later() -> Iterator[list[int]]:
+    "Within it, SIGINT and SIGTERM are put into the list; at its end they arrive."
+    waiting: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield waiting
+        return
+    old = {s: signal.signal(s, lambda signum, frame: waiting.append(signum)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield waiting
+    finally:
+        for s, handler in old.items():
+            signal.signal(s, handler)
+        for signum in waiting[:1]:
+            signal.raise_signal(signum)
 
 # %% ../nbs/20_runtime.ipynb #96719617
 def in_log_file() -> bool:
