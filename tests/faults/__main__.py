@@ -20,7 +20,7 @@ from pathlib import Path
 from threading import Event, Lock
 
 from ground import Case, Ground, Worker
-from workers import ROOT
+from workers import ROOT, compiled
 
 KINDS = ("writes", "damage", "configs", "stdio", "kills")
 
@@ -32,6 +32,7 @@ class Queue:
         self.kinds, self.share, self.lock, self.stop, self.began = kinds, share, Lock(), Event(), time.perf_counter()
         self.known: Counter = Counter()  # cases of each kind of the table
         self.order: list[int] | None = None
+        self.cut = False  # stopped from outside
         self.done: list[tuple[str, str, str]] = []  # kind, name, and why it was not survived (empty if it was)
 
     def units(self, ground: Ground) -> list[list[Case]]:
@@ -51,6 +52,11 @@ class Queue:
         with self.lock:
             return self.order.pop() if self.order and not self.stop.is_set() else None
 
+    def end(self) -> None:
+        """No more; the cases that are being tried are done to their end."""
+        self.cut = True
+        self.stop.set()
+
     def add(self, case: Case, why: str) -> None:
         """A case was tried."""
         with self.lock:
@@ -62,15 +68,17 @@ class Queue:
                       file=sys.stderr, flush=True)
 
     def work(self) -> None:
-        """One worker's part."""
-        ground = Ground(Worker())
+        """One worker's part; if it breaks, the others end too."""
         try:
+            ground = Ground(Worker())
             units = self.units(ground)
             while (number := self.take()) is not None:
                 for case in units[number]:
                     self.add(case, case.fails(ground))
-        finally:
             ground.close()
+        except BaseException:
+            self.stop.set()
+            raise
 
 
 def table(rows: dict[str, dict[str, int]]) -> Iterator[str]:
@@ -103,9 +111,10 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="write the table of a part too")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
+    compiled()  # once, not by every worker
     queue = Queue(args.kinds or list(KINDS), args.share)
-    for number in (signal.SIGINT, signal.SIGTERM):  # the cases that are being tried are done to their end
-        signal.signal(number, lambda *caught: queue.stop.set())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *caught: queue.end())
     with ThreadPoolExecutor(args.jobs) as pool:  # the work is done in the workers' processes
         _ = list(pool.map(lambda number: queue.work(), range(args.jobs)))
     rows = {kind: {"cases": count, "tried": 0, "survived": 0} for kind, count in sorted(queue.known.items())}
@@ -114,7 +123,7 @@ def main() -> int:
         rows[kind]["survived"] += not wrong
     print("\n".join(table(rows)))
     print(f"in {(time.perf_counter() - queue.began) / 60:.0f} minutes", file=sys.stderr)
-    if args.keep or queue.stop.is_set() or (not args.kinds and args.share == 1):
+    if args.keep or queue.cut or (not args.kinds and args.share == 1):
         keep(rows, [{"kind": kind, "case": name, "why": why} for kind, name, why in sorted(queue.done) if why], whole=not args.kinds)
     return int(any(wrong for _, _, wrong in queue.done))
 
