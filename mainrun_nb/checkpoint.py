@@ -352,12 +352,12 @@ def collect(run_dir: Path) -> list[Claim]:
             if path.suffix == ".jsonl":
                 found.append(log_claim(path))
             elif path.name == "tracking.json":
-                said = read_tracking(path)
-                found.append(Claim(path.name, Identity(**said["identity"]), {}) if "identity" in said else None)
+                own = read_tracking(path).get("identity")
+                found.append(Claim(path.name, Identity(**own), {}) if own else None)
             else:
                 content = read_sealed(path)
-                said = {**content, **content.get("mark", {})}.get("identity")
-                found.append(Claim(str(path.relative_to(run_dir)), Identity(**said) if said else None, content))
+                own = {**content, **content.get("mark", {})}.get("identity")
+                found.append(Claim(str(path.relative_to(run_dir)), Identity(**own) if own else None, content))
     return [claim for claim in found if claim]
 
 # %% ../nbs/25_checkpoint.ipynb #9b60092e
