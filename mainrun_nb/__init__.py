@@ -28,7 +28,8 @@ MOVED = {
     "sweep": {**dict.fromkeys(("make_report", "write_html", "axis_of", "importance", "plot_overview", "plot_settings",
                                "plot_parallel"), "report"),
               **dict.fromkeys(("RayEngine", "wait_for_folder", "trial_command"), "trials")},
-    "cli": {"evaluate_run": "trainer", "gpu_report": "runtime"},  # not imported there, so that --help is instant
+    "runtime": {"gpu_report": "gpu"},
+    "cli": {"evaluate_run": "trainer", "gpu_report": "gpu"},  # not imported there, so that --help is instant
 }
 
 

@@ -22,7 +22,7 @@ from .checkpoint import PRODUCTS, TOKENIZER, collect, compare, decisive, file_di
 from .checkpoint import read_sealed, run_files, settings_of
 from .config import InputError, first_line, flatten, load_config
 from .tokenizer import load_tokenizer
-from .tracking import ASIDE, as_event
+from .tracking import ASIDE, as_event, read_tracking
 
 # %% ../nbs/29_check.ipynb #eb39cd10
 @dataclass
@@ -116,8 +116,8 @@ def check_run(run_dir: Path) -> list[Finding]:
     over, begun = (run_dir / "result.json").exists() or b'"run_finished"' in said, bool(paths) or b'"validation_step"' in said
     found += [f for path in paths for f in check_checkpoint(path)] or [Finding("checkpoints", "missing")] * begun
     found += [f for f in check_products(run_dir) if over or f.state != "missing"]
-    if (run_dir / "tracking.json").exists():
-        found.append(reading("tracking.json", lambda: json.loads((run_dir / "tracking.json").read_bytes())["id"] and None))
+    if (run_dir / "tracking.json").exists() or (begun and (settings_of(run_dir) or {}).get("tracking.backends")):
+        found.append(reading("tracking.json", lambda: read_tracking(run_dir / "tracking.json") and None))
     files = compare(run_dir, collect(run_dir))
     for f in found:
         if f.file in files.strangers:

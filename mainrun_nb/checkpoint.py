@@ -37,7 +37,7 @@ from .data import load_titles, split_titles, titles_digest
 from .models import build_model
 from .files import NOT_OFFERED, atomic_write, force_folder, say_once, write_forced
 from .tokenizer import Tokenizer, load_tokenizer
-from .tracking import as_event
+from .tracking import as_event, read_tracking
 
 # %% ../nbs/25_checkpoint.ipynb #b9649875
 def lock(handle: TextIO, run_dir: Path) -> bool:
@@ -346,16 +346,19 @@ def log_claim(log: Path) -> Claim | None:
 
 
 def collect(run_dir: Path) -> list[Claim]:
-    "What the files of a run folder say of whom they belong to: checkpoints, newest first, log, result."
-    found = []
-    for path in (*(p / "manifest.json" for p in list_checkpoints(run_dir)[::-1]), run_dir / "metrics.jsonl", run_dir / "result.json"):
-        with suppress(OSError, ValueError, TypeError):
+    "What the files of a run folder say of whom they belong to: checkpoints, newest first, log, result, and what dashboards call it."
+    found, manifests = [], [p / "manifest.json" for p in list_checkpoints(run_dir)[::-1]]
+    for path in (*manifests, *(run_dir / name for name in ("metrics.jsonl", "result.json", "tracking.json"))):
+        with suppress(OSError, ValueError, TypeError, RecursionError):
             if path.suffix == ".jsonl":
                 found.append(log_claim(path))
+            elif path.name == "tracking.json":
+                own = read_tracking(path).get("identity")
+                found.append(Claim(path.name, Identity(**own), {}) if own else None)
             else:
                 content = read_sealed(path)
-                said = {**content, **content.get("mark", {})}.get("identity")
-                found.append(Claim(str(path.relative_to(run_dir)), Identity(**said) if said else None, content))
+                own = {**content, **content.get("mark", {})}.get("identity")
+                found.append(Claim(str(path.relative_to(run_dir)), Identity(**own) if own else None, content))
     return [claim for claim in found if claim]
 
 # %% ../nbs/25_checkpoint.ipynb #9b60092e

@@ -248,7 +248,7 @@ def eda_cli(
 @command(examples=["mainrun-gpu"])
 def gpu_cli():
     "What this machine's accelerators are doing"
-    from mainrun_nb.runtime import gpu_report
+    from mainrun_nb.gpu import gpu_report
 
     report, well = gpu_report()
     print(report)

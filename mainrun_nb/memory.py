@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .config import Config, InputError
 from .models import build_model
 from .optim import EMA, build_optimizer, train_step
+from .runtime import signals_later
 
 # %% ../nbs/22_memory.ipynb #6695e907
 def block_activations(
@@ -49,7 +50,7 @@ def _shape(cfg: Config) -> tuple[int, list[int], int]:
 # %% ../nbs/22_memory.ipynb #d4efacac
 def _parameters(cfg: Config, vocab_size: int) -> int:
     "How many parameters the model has, which is built without storage to be asked."
-    with FakeTensorMode():
+    with signals_later(), FakeTensorMode():
         return sum(p.numel() for p in build_model(cfg, vocab_size).parameters())
 
 
@@ -118,14 +119,15 @@ class TooLong(Exception):
 
 
 class Deadline(TorchDispatchMode):
-    "Within it, an operation that begins too late raises `TooLong`."
+    "Within it, an operation that begins too late, or when a signal waits, raises `TooLong`."
 
-    def __init__(self, until: float) -> None:  # on the monotonic clock
+    def __init__(self, until: float, waiting: list[int]) -> None:  # on the monotonic clock; the signals that wait
         super().__init__()
-        self.until = until
+        self.until, self.waiting = until, waiting
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if time.monotonic() > self.until and func.namespace != "prim":  # asking for a device, PyTorch's C++ code lets no exception through
+        over = self.waiting or time.monotonic() > self.until
+        if over and func.namespace != "prim":  # asking for a device, PyTorch's C++ code lets no exception through
             raise TooLong
         return func(*args, **(kwargs or {}))
 
@@ -143,7 +145,7 @@ def simulate_step(
         raise InputError(f"hyperparams.grad_accum: must divide the {hp.batch_size} rows of a batch, found {hp.grad_accum}")
     few = replace(hp, grad_accum=min(hp.grad_accum, 2))
     rows = hp.batch_size // hp.grad_accum * few.grad_accum
-    with FakeTensorMode(), place, Deadline(until):
+    with signals_later() as waiting, FakeTensorMode(), place, Deadline(until, waiting):
         model = build_model(cfg, vocab_size).train()
         optimizer, ema = build_optimizer(model, hp), EMA(model, hp.ema) if hp.ema else None
         x, y = (torch.zeros(hp.batch_size, hp.context_length, dtype=torch.long) for _ in range(2))
@@ -269,7 +271,7 @@ def inference_memory(
     texts: int = 1,  # written at once
 ) -> dict[str, int]:  # part -> bytes
     "What writing with a model holds: parameters and the attention caches."
-    with FakeTensorMode():
+    with signals_later(), FakeTensorMode():
         model = build_model(cfg, vocab_size or cfg.hyperparams.vocab_size)
         caches = model.make_cache(texts).layers
         parameters = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))

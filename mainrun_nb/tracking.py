@@ -230,14 +230,35 @@ def register_backend(
     register_name("backend", name)
 
 # %% ../nbs/24_tracking.ipynb #b8eaf7a0
-def run_id(run_dir: Path) -> str:
+def read_tracking(
+    path: Path,  # a tracking.json
+) -> dict[str, Any]:  # id, and `identity`: the run's, unless it is from before that was said
+    "What dashboards call a run. Raises `OSError`, and `ValueError` for a damaged file."
+    raw = path.read_bytes()
+    sealed = _CRC.search(raw) is not None
+    found = as_event(raw) if sealed else json.loads(raw)
+    if not isinstance(found, dict) or not isinstance(found.get("id"), str) or ("identity" in found) != sealed:
+        raise ValueError("it is not what the run wrote")
+    return found
+
+
+def run_id(
+    run_dir: Path,
+    identity: dict[str, Any] | None = None,  # of the run, if it has one
+) -> str:
     "The id under which dashboards know the run of a folder; made up at first, remembered from then on."
     path = run_dir / "tracking.json"
-    with suppress(OSError, ValueError, KeyError):
-        return json.loads(path.read_text())["id"]
-    new = secrets.token_hex(4)
-    atomic_write(path, json.dumps({"id": new}))
-    return new
+    try:
+        known = read_tracking(path)
+        if known.get("identity", identity) == identity:
+            return known["id"]
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, RecursionError) as e:
+        warnings.warn(f"{path}: is damaged ({first_line(e)}); dashboards get a new curve", stacklevel=2)
+    known = {"id": secrets.token_hex(4)}
+    atomic_write(path, as_line({"event": "tracking", **known, "identity": identity}) if identity else json.dumps(known))
+    return known["id"]
 
 # %% ../nbs/24_tracking.ipynb #00bd792f
 def first_of(path: Path) -> bytes:
@@ -272,6 +293,7 @@ class Tracker:
         cfg: Config,
         resume_step: int | None = None,  # keep what was logged up to this step, drop the rest
         on_event: Callable[[dict[str, Any]], None] | None = None,  # called with every new event
+        identity: dict[str, Any] | None = None,  # of the run (chapter 25)
     ) -> None:
         self.files: dict[Path, TextIO] = {}
         self.backends: dict[str, Any] = {}
@@ -281,7 +303,7 @@ class Tracker:
             self._open_logs(self.run_dir, cfg.hyperparams.log_file, resume_step)
             for name in cfg.tracking.backends:
                 with self._guarded(name):
-                    self.backends[name] = BACKENDS[name](self.run_dir, cfg, run_id(self.run_dir))
+                    self.backends[name] = BACKENDS[name](self.run_dir, cfg, run_id(self.run_dir, identity))
 
     def log(self, event: str, **fields: Any) -> None:
         "Record an event with its fields and the time. Raises `RunError` where the log cannot be written."

@@ -489,9 +489,9 @@ def one_run(
     state = make_state(cfg, data.tokenizer.vocab_size, device, procs, data.tokenizer.pairs)
     with ExitStack() as held:
         found, own = procs.share(lambda: claim(held, run_dir, cfg, resume, data))
-        tracker = Tracker(None if procs.rank else run_dir, cfg, found.step if found else None, on_event)
-        held.push(lambda kind, error, trace: tracker.close(0 if error is None else 1))
         mark = {"identity": asdict(own), "made_with": made_with(device, procs.count)}
+        tracker = Tracker(None if procs.rank else run_dir, cfg, found.step if found else None, on_event, asdict(own))
+        held.push(lambda kind, error, trace: tracker.close(0 if error is None else 1))
         run = Run(cfg, run_dir, data, state, plan, procs, device, tracker, mark)
         run.begin(found, memory)
         run.loop(progress)

@@ -32,7 +32,7 @@ import yaml
 
 from .checkpoint import atomic_write, lock, read_sealed, sealed
 from .config import InputError, RunError, shipped
-from .runtime import ask
+from .gpu import ask
 from .tracking import as_event
 
 # %% ../nbs/29a_trials.ipynb #f1a7c0de

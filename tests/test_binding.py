@@ -15,7 +15,7 @@ from mainrun_nb.checkpoint import Identity, list_checkpoints, load_checkpoint, l
 from mainrun_nb.config import InputError, load_config, save_config
 from mainrun_nb.generate import generate
 from mainrun_nb.runtime import Processes
-from mainrun_nb.tracking import as_event, plot_curves, read_events
+from mainrun_nb.tracking import as_event, plot_curves, read_events, run_id
 from mainrun_nb.trainer import evaluate_run, make_state, train
 
 SHORT = ("hyperparams.max_steps=10", "hyperparams.evals_per_epoch=2", "hyperparams.keep_checkpoints=2")
@@ -120,6 +120,22 @@ def test_a_file_of_another_run_is_refused_by_every_command(copy, pair, name):
         refused(call, str(run_dir / name), "put the run's own back")
     found = bad(run_dir)
     assert set(found.values()) == {"of another run"} and all(file.startswith(name) for file in found)
+
+
+def test_the_dashboards_id_of_another_run_is_refused(copy, pair):
+    run_dir, own, other = copy(), *(read_sealed(pair / name / "result.json")["identity"] for name in "ab")
+    known = run_id(run_dir, own)
+    assert run_id(run_dir, own) == known and bad(run_dir) == {}
+    text = (run_dir / "tracking.json").read_text()
+    (run_dir / "tracking.json").write_text(text.replace(known, "0" * 8))
+    assert bad(run_dir) == {"tracking.json": "damaged"}
+    (run_dir / "tracking.json").write_text(json.dumps({"id": "0" * 8}))  # from before it said whose it is
+    assert bad(run_dir) == {} and run_id(run_dir, own) == "0" * 8
+    (run_dir / "tracking.json").unlink()
+    run_id(run_dir, other)
+    for call in (lambda: quick(run_dir, resume=True), lambda: evaluate_run(run_dir), lambda: load_run(run_dir)):
+        refused(call, "tracking.json", "put the run's own back or remove this one")
+    assert bad(run_dir) == {"tracking.json": "of another run"}
 
 
 def test_an_edited_configuration_is_refused_and_the_setting_named(copy):

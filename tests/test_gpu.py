@@ -4,10 +4,11 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from mainrun_nb import runtime
+from mainrun_nb import gpu
 
 WORKS = """case "$1" in
 *compute-apps*) echo "4242, 61440 MiB, /opt/venv/bin/python, train.py" ;;
@@ -29,13 +30,13 @@ def smi(tmp_path, monkeypatch):
             (tmp_path / "nvidia-smi").chmod(0o755)
         monkeypatch.setenv("PATH", str(tmp_path))
 
-    monkeypatch.setattr(runtime, "torch_view", lambda: "PyTorch sees no accelerator.")
+    monkeypatch.setattr(gpu, "torch_view", lambda: "PyTorch sees no accelerator.")
     return put
 
 
 def test_a_working_gpu(smi):
     smi(WORKS)
-    text, well = runtime.gpu_report()
+    text, well = gpu.gpu_report()
     assert well
     for word in ("NVIDIA H100 80GB HBM3", "61444 MiB", "97 %", "640.11 W", "4242", "/opt/venv/bin/python, train.py"):
         assert word in text
@@ -43,12 +44,12 @@ def test_a_working_gpu(smi):
 
 def test_an_idle_gpu(smi):
     smi('case "$1" in *compute-apps*) ;; *) echo "0, A, 1 MiB, 2 MiB, 0 %, 30, 70 W" ;; esac')
-    assert "No process uses a GPU." in runtime.gpu_report()[0]
+    assert "No process uses a GPU." in gpu.gpu_report()[0]
 
 
 def test_no_gpu_is_no_fault(smi):
     smi(None)
-    text, well = runtime.gpu_report()
+    text, well = gpu.gpu_report()
     assert well and "There is no NVIDIA driver on this machine" in text
 
 
@@ -63,7 +64,7 @@ def test_no_gpu_is_no_fault(smi):
 )
 def test_a_broken_driver_is_named(smi, script, says):
     smi(script)
-    text, well = runtime.gpu_report()
+    text, well = gpu.gpu_report()
     assert not well and "not well" in text and says in text
 
 
@@ -71,13 +72,13 @@ def test_a_broken_driver_is_named(smi, script, says):
 def test_a_hanging_driver_does_not_hang_the_check(smi, script):
     smi(script)
     start = time.monotonic()
-    text, well = runtime.gpu_report(timeout=0.5)
+    text, well = gpu.gpu_report(timeout=0.5)
     assert time.monotonic() - start < 10 and not well and "did not answer within 0.5 s" in text
 
 
 def test_a_hanging_driver_leaves_no_process_behind(smi, tmp_path):
     smi(f"echo $$ >{tmp_path}/pid; sleep 61")
-    runtime.gpu_report(timeout=1)
+    gpu.gpu_report(timeout=1)
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
@@ -88,7 +89,7 @@ def test_processes_are_listed_without_their_keys(smi):
     child = subprocess.Popen([sys.executable, "-c", code, "WANDB_API_KEY=abc123", "--token", "xyz789"], stdout=subprocess.PIPE, text=True)
     try:
         assert child.stdout.readline() == "on\n"
-        text = runtime.python_processes()
+        text = gpu.python_processes()
         assert str(os.getpid()) not in text.split() and "abc123" not in text and "xyz789" not in text
     finally:
         child.kill()
@@ -97,5 +98,16 @@ def test_processes_are_listed_without_their_keys(smi):
 
 
 def test_pytorch_is_asked_in_a_process_of_its_own():
-    assert " sees " in runtime.torch_view()
-    assert "did not answer" in runtime.torch_view(timeout=0.01)
+    assert " sees " in gpu.torch_view()
+    assert "did not answer" in gpu.torch_view(timeout=0.01)
+
+
+def test_a_pytorch_that_aborts_is_named_and_the_command_does_not_need_one(smi, tmp_path):
+    """A driver that is ill may end the process that imports PyTorch; the report's own process does not."""
+    smi("echo Failed to initialize NVML; exit 9")
+    (tmp_path / "torch.py").write_text("import os\nos.abort()\n")
+    env = {"PATH": str(tmp_path), "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).resolve().parents[1]}"}
+    code = "import sys; sys.argv = ['mainrun-gpu']; from mainrun_nb.cli import gpu_cli; gpu_cli()"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and "Failed to initialize NVML" in done.stdout and "exit code -6" in done.stdout
+    assert "### Python and W&B processes" in done.stdout and not done.stderr

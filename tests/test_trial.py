@@ -66,6 +66,7 @@ def test_a_trial_is_the_same_run_as_on_the_command_line(tmp_path):
     (["-p", "confg", "x.yaml"], "InputError: unknown parameter 'confg'. Did you mean 'config'?"),
     (["-p", "overrides", "hyperparams.lrr=1"], "hyperparams.lrr"),
     (["-p", "config", "none.yaml"], "none.yaml"),
+    (["-p", "overrides", "tracking.name=hf_" + "a1" * 10], "InputError: overrides: holds a key, or what looks like one; remove"),
 ])  # fmt: skip
 def test_a_mistake_is_an_error_in_the_notebook(tmp_path, args, says):
     done = papermill(tmp_path / "out.ipynb", *args, "-p", "out", str(tmp_path / "run"))

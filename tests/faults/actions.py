@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-SMALLEST = ["data.source=synthetic", "tokenizer.kind=bpe", "attn_configs.causal.n_head=2",
+SMALLEST = ["data.source=synthetic", "tokenizer.kind=bpe", "tracking.backends=[silent]", "attn_configs.causal.n_head=2",
             *(f"hyperparams.{s}" for s in ("num_titles=300", "vocab_size=300", "epochs=1", "context_length=16", "batch_size=4",
                                            "max_steps=6", "save_every=2", "keep_checkpoints=3", "evals_per_epoch=1", "device=cpu",
                                            "optimizer=adamw", "lr=0.003")),
@@ -51,14 +51,15 @@ SWEEP = COMMANDS["mainrun-sweep"]
 
 def prepared_trials(folder: str) -> None:
     """Let trials be copies of runs that are there already, `folder/RATE`: the scheduler's own files are what a sweep's cases are about."""
-    from mainrun_nb import sweep
+    from mainrun_nb import trials
 
     def trial_command(where: Path, base: str, overrides: list[str], *more: object) -> list[str]:
         rate = next(float(o.split("=")[1]) for o in overrides if o.startswith("hyperparams.lr="))
         code = "import shutil, sys; shutil.copytree(*sys.argv[1:], dirs_exist_ok=True)"
         return [sys.executable, "-I", "-S", "-c", code, f"{folder}/{rate}", str(where / "run")]
 
-    sweep.trial_command = trial_command
+    assert trials.watch_trial.__globals__["trial_command"] is trials.trial_command, "trials are started otherwise: let them be copies anew"
+    trials.trial_command = trial_command
 
 
 def executed_here(source: str, target: str, parameters: dict, **more: object) -> None:

@@ -69,10 +69,8 @@ def content(where: Path, done: Done, name: str) -> object:
         return None
     if name.startswith("resume"):
         return board(where / "sweep") if "sweep" in name else timeless(json.loads(done.out))
-    page = [p.read_text().replace(str(where), "") for p in where.glob("*/report.html")]
-    made = {p.name: p.read_bytes() for p in where.glob("exported/*") if p.is_file()}
-    text = done.out.replace(str(where), "")
-    return text, page, made
+    page = [p.read_bytes() for p in where.glob("*/report.html")]
+    return done.out, page, {p.name: p.read_bytes() for p in where.glob("exported/*") if p.is_file()}
 
 
 def undamaged(ground: Ground, name: str) -> object:

@@ -55,15 +55,22 @@ class Ground:
 
     @contextmanager
     def copy(self, *names: str, **renamed: str) -> Iterator[Path]:
-        """A new folder with the inputs and copies of what is named; `run="half"`: the half run under the name run."""
-        with tempfile.TemporaryDirectory(prefix="case-", dir=self.folder.parent) as where:
+        """A folder with the inputs and copies of what is named; `run="half"`: the half run under the name run.
+
+        It has the same name in every case, as pages and results may name it.
+        """
+        where = self.folder / "case"
+        where.mkdir()
+        try:
             for name in ("small.yaml", "search.yaml"):
                 shutil.copy(self.folder / name, where)
             if any("sweep" in old for old in (*names, *renamed.values())):
                 self.make_sweeps()
             for new, old in {**{name: name for name in names}, **renamed}.items():
-                shutil.copytree(self.folder / old, Path(where) / new)
-            yield Path(where)
+                shutil.copytree(self.folder / old, where / new)
+            yield where
+        finally:
+            shutil.rmtree(where, ignore_errors=True)
 
     def close(self) -> None:
         """Remove the folder, end the worker."""

@@ -4,9 +4,11 @@
 """
 import ctypes
 import errno
+import gc
 import importlib
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -17,7 +19,10 @@ import time
 import traceback
 from configparser import ConfigParser
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
@@ -95,7 +100,8 @@ class Worker:
         env = {**os.environ, "PYTHONPATH": str(CODE), "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "PYTHONDONTWRITEBYTECODE": "1",
                "WANDB_MODE": "offline", **({"LD_PRELOAD": str(library)} if library else {})}
         env = {k: v for k, v in env.items() if not k.startswith(("PYTEST", "COLUMNS"))}
-        self.process = subprocess.Popen([sys.executable, __file__], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen([sys.executable, __file__], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                        start_new_session=True)  # Ctrl-C is not meant for it
 
     def run(self, job: Job) -> Done:
         """Do a job, and wait for it."""
@@ -123,17 +129,24 @@ def warm_up() -> None:
     import torch
     import torch._dynamo
     from actions import SMALLEST, executed_here
+    from matplotlib.figure import Figure
 
+    import mainrun_nb.checkpoint
     import mainrun_nb.cli
     import mainrun_nb.hub
     import mainrun_nb.report
     import mainrun_nb.sweep  # noqa: F401
-    from mainrun_nb import runtime, trainer
+    from mainrun_nb import compare, config, runtime, tracking, trainer
     from mainrun_nb.config import load_config
 
     torch.set_num_threads(1)
+    tracking.register_backend("silent", lambda *args: MagicMock())
     papermill.execute_notebook = executed_here  # no kernel for each case
+    schema = pickle.dumps(config._schema())  # half of what it takes to load a configuration
+    config._schema = lambda: pickle.loads(schema)
     runtime.matrix_rate = lambda *args, **kwargs: 1e9  # a third of a second that says nothing here
+    compare.time = SimpleNamespace(strftime=lambda *args: "now")  # a page says when it was written
+    Figure.draw = lambda *args: None  # a picture is written as any other, but there is nothing on it
 
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = Path(folder) / "tokenizer"
@@ -146,6 +159,10 @@ def warm_up() -> None:
         trainer.train_tokenizer = honest
         trainer.evaluate_run(Path(folder) / "run")
         mainrun_nb.report.write_html(Path(folder) / "run")
+        if find_spec("transformers"):
+            mainrun_nb.hub.export_gpt2(*mainrun_nb.checkpoint.load_run(Path(folder) / "run")[1:], Path(folder) / "exported")
+    gc.collect()
+    gc.freeze()  # a fork's collections do not touch, and so copy, what is here
 
 
 def connect(fd: int, how: str, path: str) -> None:
