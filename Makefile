@@ -38,7 +38,8 @@ $(VENV)/.site: $(VENV)/.runtime
 	@command -v npm >/dev/null || { echo "No npm found, which brings KaTeX for the formulas. Install Node.js." >&2; exit 2; }
 	@echo "Installing the tools of the site into $(VENV) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[site]'
-	@npm install --silent --no-save --prefix $(VENV) katex@$$($(BIN)/python -c 'import sphinxcontrib.katex as k; print(k.katex_version)')
+	@npm install --silent --no-save --prefix $(VENV) katex@$$($(BIN)/python -c 'import sphinxcontrib.katex as k; print(k.katex_version)') || \
+	  { echo "npm could not bring KaTeX: is its registry within reach?" >&2; exit 2; }
 	@touch $@
 
 quickstart: $(VENV)/.runtime  ## install, then train a tiny model on synthetic titles
