@@ -346,7 +346,8 @@ def settings() -> configparser.SectionProxy:
 
 def optional() -> set[str]:
     """The packages of the extras, those for development and for the site aside."""
-    text = "\n".join(settings()[k] for k in settings() if k.endswith("_requirements") and k not in ("dev_requirements", "site_requirements"))
+    kept = [k for k in settings() if k.endswith("_requirements") and k not in ("dev_requirements", "site_requirements")]
+    text = "\n".join(settings()[k] for k in kept)
     return set(re.findall(r"^\s*([\w.-]+)", text, re.M))
 
 
