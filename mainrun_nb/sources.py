@@ -96,9 +96,10 @@ class Account:
         "The account in words."
         kinds = {"empty": self.empty, "null": self.null, "not text": self.not_text}
         why = ", ".join(f"{n:,} {kind}" for kind, n in kinds.items() if n)
-        files = f" in {self.files:,} files" if self.files > 1 else ""
-        again = f"{self.duplicates:,} duplicates {'dropped' if self.deduplicated else 'kept'}" if self.duplicates else "no duplicates"
-        read = f"{self.read:,} titles read{files}{few(self.left_out)}; {f'dropped: {why}' if why else 'none dropped'}"
+        files = (f" in {self.files:,} files" if self.files > 1 else "") + few(self.left_out)
+        times = f"{self.duplicates:,} duplicate{'s' * (self.duplicates != 1)} {'dropped' if self.deduplicated else 'kept'}"
+        again = times if self.duplicates else "no duplicates"
+        read = f"{self.read:,} title{'s' * (self.read != 1)} read{files}; {f'dropped: {why}' if why else 'none dropped'}"
         cut = f"{self.shortened:,} shortened" if self.shortened else "none shortened"
         return visible("; ".join([read, cut, again, *self.of_validation()]))
 
