@@ -84,7 +84,7 @@ class Account:
     example: str = ""  # of a value that is not text
     val: int = 0  # validation titles that were drawn
     val_in_train: int = 0  # of them, those that also stand in training, letter for letter
-    val_outside: int = 0  # of them, those with characters that the tokenizer cannot give back
+    val_outside: int | None = None  # of them, those with characters that the tokenizer cannot give back; None: not counted yet
 
     def record(self, outside: int) -> dict[str, Any]:  # validation titles that the tokenizer does not give back
         "The account for the log and the result of a run."
@@ -109,8 +109,10 @@ class Account:
             return []
         often = self.val_in_train > self.val / 20 and self.source != "synthetic"
         hint = " (data.deduplicate=true keeps each once)" if often else ""
-        return [f"of {self.val:,} validation titles {self.val_in_train / self.val:.1%} also stand in training{hint}",
-                f"{self.val_outside / self.val:.1%} hold characters outside the tokenizer's alphabet"]
+        found = [f"of {self.val:,} validation titles {self.val_in_train / self.val:.1%} also stand in training{hint}"]
+        if self.val_outside is not None:
+            found.append(f"{self.val_outside / self.val:.1%} hold characters outside the tokenizer's alphabet")
+        return found
 
 # %% ../nbs/02_sources.ipynb #0049e4f9
 LONGEST_TITLE = 100_000  # characters
