@@ -360,6 +360,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'mainrun_nb.formats': { 'mainrun_nb.formats.as_path': ('formats.html#as_path', 'mainrun_nb/formats.py'),
                                     'mainrun_nb.formats.as_text': ('formats.html#as_text', 'mainrun_nb/formats.py'),
                                     'mainrun_nb.formats.by_kind': ('formats.html#by_kind', 'mainrun_nb/formats.py'),
+                                    'mainrun_nb.formats.each_once': ('formats.html#each_once', 'mainrun_nb/formats.py'),
                                     'mainrun_nb.formats.few': ('formats.html#few', 'mainrun_nb/formats.py'),
                                     'mainrun_nb.formats.file_values': ('formats.html#file_values', 'mainrun_nb/formats.py'),
                                     'mainrun_nb.formats.in_folder': ('formats.html#in_folder', 'mainrun_nb/formats.py'),

@@ -125,7 +125,8 @@ def read_csv(raw: bytes, where: str, data: DataConfig, comma: str = ",") -> Iter
                     raise InputError(f"{where}, line {rows.line_num}: {len(row)} columns where the header has {len(header)}")
                 yield ""
     except csv.Error as e:
-        raise InputError(f"{where}, line {rows.line_num}: not valid CSV ({e})") from None
+        kind = "CSV" if comma == "," else "TSV"
+        raise InputError(f"{where}, line {rows.line_num}: not valid {kind} ({e})") from None
 
 # %% ../nbs/01a_formats.ipynb #00ced10a
 def read_tsv(raw: bytes, where: str, data: DataConfig) -> Iterator[str]:
@@ -269,6 +270,15 @@ def by_kind(path: Path) -> tuple[list[Path], list[str]]:
     "A file that a pattern matches: to be read, or left out."
     return ([path], []) if reader_of(path) else ([], [f"{path} (no kind of file that is read)"])
 
+# %% ../nbs/01a_formats.ipynb #167e1015
+def each_once(files: Iterable[Path]) -> tuple[list[Path], list[str]]:
+    "The files, sorted, without those that are another one under a second name."
+    names: dict[str, list[Path]] = {}
+    for path in sorted(files, key=str):
+        names.setdefault(os.path.realpath(path), []).append(path)
+    again = [f"{path} (the same file as {first})" for first, *others in names.values() for path in others]
+    return [first for first, *_ in names.values()], again
+
 # %% ../nbs/01a_formats.ipynb #73ed77d7
 def few(left: list[str]) -> str:
     "What was left out, in a few words; empty if nothing."
@@ -296,8 +306,9 @@ def title_files(
         raise no_such(str(source))
     matches = [path] if path.is_dir() else sorted(map(Path, glob.glob(str(path), recursive=True)))
     parts = [in_folder(match, split) if match.is_dir() else by_kind(match) for match in matches]
-    found, left = {file for files, _ in parts for file in files}, [why for _, more in parts for why in more]
+    found, again = each_once({file for files, _ in parts for file in files})
+    left = [why for _, more in parts for why in more] + again
     if not found:
         what = "the folder holds" if path.is_dir() else "the pattern matches"
         raise InputError(f"{source}: {what} no file of titles{few(left)}; known: {KINDS}")
-    return sorted(found, key=str), left
+    return found, left

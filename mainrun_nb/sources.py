@@ -84,7 +84,7 @@ class Account:
     example: str = ""  # of a value that is not text
     val: int = 0  # validation titles that were drawn
     val_in_train: int = 0  # of them, those that also stand in training, letter for letter
-    val_outside: int = 0  # of them, those with characters that the tokenizer cannot give back
+    val_outside: int | None = None  # of them, those with characters that the tokenizer cannot give back; None: not counted yet
 
     def record(self, outside: int) -> dict[str, Any]:  # validation titles that the tokenizer does not give back
         "The account for the log and the result of a run."
@@ -96,9 +96,10 @@ class Account:
         "The account in words."
         kinds = {"empty": self.empty, "null": self.null, "not text": self.not_text}
         why = ", ".join(f"{n:,} {kind}" for kind, n in kinds.items() if n)
-        files = f" in {self.files:,} files" if self.files > 1 else ""
-        again = f"{self.duplicates:,} duplicates {'dropped' if self.deduplicated else 'kept'}" if self.duplicates else "no duplicates"
-        read = f"{self.read:,} titles read{files}{few(self.left_out)}; {f'dropped: {why}' if why else 'none dropped'}"
+        files = (f" in {self.files:,} files" if self.files > 1 else "") + few(self.left_out)
+        times = f"{self.duplicates:,} duplicate{'s' * (self.duplicates != 1)} {'dropped' if self.deduplicated else 'kept'}"
+        again = times if self.duplicates else "no duplicates"
+        read = f"{self.read:,} title{'s' * (self.read != 1)} read{files}; {f'dropped: {why}' if why else 'none dropped'}"
         cut = f"{self.shortened:,} shortened" if self.shortened else "none shortened"
         return visible("; ".join([read, cut, again, *self.of_validation()]))
 
@@ -108,8 +109,10 @@ class Account:
             return []
         often = self.val_in_train > self.val / 20 and self.source != "synthetic"
         hint = " (data.deduplicate=true keeps each once)" if often else ""
-        return [f"of {self.val:,} validation titles {self.val_in_train / self.val:.1%} also stand in training{hint}",
-                f"{self.val_outside / self.val:.1%} hold characters outside the tokenizer's alphabet"]
+        found = [f"of {self.val:,} validation titles {self.val_in_train / self.val:.1%} also stand in training{hint}"]
+        if self.val_outside is not None:
+            found.append(f"{self.val_outside / self.val:.1%} hold characters outside the tokenizer's alphabet")
+        return found
 
 # %% ../nbs/02_sources.ipynb #0049e4f9
 LONGEST_TITLE = 100_000  # characters

@@ -484,8 +484,6 @@ def one_run(
     if isinstance(ready, dict):
         return ready
     data, plan, memory = ready
-    if progress and not procs.rank:
-        print(f"{cfg.data.source}: {data.info['account']['text']}", flush=True)
     state = make_state(cfg, data.tokenizer.vocab_size, device, procs, data.tokenizer.pairs)
     with ExitStack() as held:
         found, own = procs.share(lambda: claim(held, run_dir, cfg, resume, data))
@@ -494,6 +492,8 @@ def one_run(
         held.push(lambda kind, error, trace: tracker.close(0 if error is None else 1))
         run = Run(cfg, run_dir, data, state, plan, procs, device, tracker, mark)
         run.begin(found, memory)
+        if progress and not procs.rank:
+            print(f"{cfg.data.source}: {data.info['account']['text']}", flush=True)
         run.loop(progress)
         return procs.share(run.finish)
 

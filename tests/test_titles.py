@@ -164,6 +164,15 @@ def test_what_is_left_out_is_said(tmp_path, titles):
     assert {why.rsplit("(", 1)[1] for why in account.left_out} == reasons
 
 
+def test_a_file_is_read_once_whatever_it_is_called(tmp_path):
+    (tmp_path / "a.txt").write_text("x\n")
+    (tmp_path / "b.txt").symlink_to("a.txt")
+    (tmp_path / "round").symlink_to(".")
+    for source in (tmp_path, f"{tmp_path}/**/*.txt", f"{tmp_path}/*"):
+        found, account = all_titles(DataConfig(source=str(source)))
+        assert found == ["x"] and account.files == 1 and any("the same file as" in why for why in account.left_out)
+
+
 def test_the_account_is_in_the_log_and_the_result_and_the_line_is_printed_once(tmp_path, capsys):
     words = "On the of deep sparse graph networks learning fast towards a survey".split()
     rng = random.Random(1)
