@@ -158,15 +158,15 @@ def test_what_lab_saves_is_what_was_there(lab, home):
 
 
 def test_opening_and_saving_a_chapter_changes_no_byte(lab, browser, home):
-    before = (home / "nbs/00_config.ipynb").read_bytes()
-    page = Page(browser, f"{lab}/lab/tree/nbs/00_config.ipynb?token=t&reset")
+    before = (home / "nbs/00a_config.ipynb").read_bytes()
+    page = Page(browser, f"{lab}/lab/tree/nbs/00a_config.ipynb?token=t&reset")
     wait_for(lambda: page.evaluate(READY), 90)
     assert page.evaluate("(async () => { await jupyterapp.commands.execute('docmanager:save'); return 'saved'; })()") == "saved"
     assert "language_info" in page.evaluate("jupyterapp.shell.currentWidget.content.model.sharedModel.toJSON().metadata")
-    assert (home / "nbs/00_config.ipynb").read_bytes() == before
+    assert (home / "nbs/00a_config.ipynb").read_bytes() == before
 
 
-@pytest.mark.parametrize("chapter", ["00_config", "10_attention"])
+@pytest.mark.parametrize("chapter", ["00a_config", "10_attention"])
 def test_a_chapter_runs_in_jupyterlab(lab, browser, chapter):
     page = Page(browser, f"{lab}/lab/tree/nbs/{chapter}.ipynb?token=t&reset")
     wait_for(lambda: page.evaluate(READY), 90)
