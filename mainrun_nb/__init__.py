@@ -22,12 +22,14 @@ if os.path.basename((sys.argv or [""])[0]).startswith("mainrun-"):  # until the 
 MOVED = {
     "eda": dict.fromkeys(("plain_words", "duplicates", "ngrams", "overlap_plain", "RunIndex", "Overlap", "overlap", "overlap_rows",
                           "plot_overlap", "leak_rows"), "overlap"),
+    "runtime": {"pick_device": "device"},
     "models": dict.fromkeys(("export_gpt2", "import_gpt2", "hf_tokenizer"), "hub"),
     "sparsek": dict.fromkeys(("SparseKAttention", "SparseKCache", "sparsek_fast"), "sparsek_stream"),
     "sweep": {**dict.fromkeys(("make_report", "write_html", "axis_of", "importance", "plot_overview", "plot_settings",
                                "plot_parallel"), "report"),
               **dict.fromkeys(("RayEngine", "wait_for_folder", "trial_command"), "trials")},
-    "cli": {"evaluate_run": "trainer", "gpu_report": "runtime"},  # not imported there, so that --help is instant
+    "trainer": {"evaluate_run": "rescore"},
+    "cli": {"evaluate_run": "rescore", "gpu_report": "runtime"},  # not imported there, so that --help is instant
 }
 
 

@@ -28,8 +28,9 @@ from .check import other_base
 from .checkpoint import atomic_write, differences, read_sealed, require_one_run, run_lock, sealed
 from .config import Config, InputError, RunError, TrackingConfig, did_you_mean, flatten, load_config, save_config
 from .data import load_titles
+from .device import pick_device
 from .memory import MemoryBudgetError, check_budget, check_build
-from .runtime import Interrupted, in_log_file, noted_signals, pick_device
+from .runtime import Interrupted, in_log_file, noted_signals
 from .search import Chooser, Dimension, Search, for_wandb, grid_points, optuna_history, random_point, read_search  # noqa: F401
 from .sources import check_file_name
 from .space import Setting
