@@ -30,8 +30,11 @@ def titles(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels compute nothing, so losses and tokens are whatever lay in memory: give them values that a run goes on with."""
-    from mainrun_nb import trainer
+    """Kernels compute nothing, so losses and tokens are whatever lay in memory: give them values that a run goes on with.
+
+    And what takes most of so small a run, its picture and the speed of the machine, is left out.
+    """
+    from mainrun_nb import runtime, trainer
     from mainrun_nb.tokenizer import Tokenizer
 
     read, measure = trainer.read_steps, trainer.validation_metrics
@@ -39,3 +42,5 @@ def no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "read_steps", lambda taken: [{**row, **fine} for row in read(taken)])
     monkeypatch.setattr(trainer, "validation_metrics", lambda *args, **more: {**measure(*args, **more), "val/loss": 1.0})
     monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: "title")
+    monkeypatch.setattr(trainer, "save_curves", lambda run_dir: (run_dir / "curves.png").write_bytes(b"a picture"))
+    monkeypatch.setattr(runtime, "matrix_rate", lambda device, dtype: 1e12)
