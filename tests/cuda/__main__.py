@@ -51,7 +51,8 @@ def build() -> None:
 def surroundings(sm: int = 90, nvml: bool = True, **more: str) -> dict[str, str]:
     """The environment of a process on a pretended GPU."""
     names = [name for name in PARTS if nvml or "nvidia-ml" not in name]
-    return {**os.environ, "LD_PRELOAD": " ".join(str(OUT / name) for name in names), "PRETEND_SM": str(sm), "TRITON_LIBCUDA_PATH": str(OUT),
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PRETEND_", "PYTORCH_"))}
+    return {**kept, "LD_PRELOAD": " ".join(str(OUT / name) for name in names), "PRETEND_SM": str(sm), "TRITON_LIBCUDA_PATH": str(OUT),
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)]), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), **more}
 
 
