@@ -161,7 +161,8 @@ def float32_products(
     *backends: Any,  # torch.backends.cuda.matmul, torch.backends.mkldnn.matmul; none: both
 ) -> Iterator[None]:
     "Within it, matrix products of float32 numbers are computed so."
-    chosen = backends or (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    known: Any = torch.backends
+    chosen = backends or (known.cuda.matmul, known.mkldnn.matmul)
     before = [b.fp32_precision for b in chosen]
     try:
         for b in chosen:
@@ -179,15 +180,15 @@ def same_bits(on: bool) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    was, only_warned, filling = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(),
-                                 torch.utils.deterministic.fill_uninitialized_memory)
+    was, only_warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    more: Any = torch.utils.deterministic
+    filling, more.fill_uninitialized_memory = more.fill_uninitialized_memory, False  # nothing here reads what it has not written
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(was, warn_only=only_warned)
-        torch.utils.deterministic.fill_uninitialized_memory = filling
+        more.fill_uninitialized_memory = filling
 
 # %% ../nbs/20a_device.ipynb #eb83b649
 @contextmanager

@@ -1,4 +1,4 @@
-"""Run the tests of this folder on a pretended GPU: python tests/cuda [--all] [--sm 90] [arguments of pytest].
+"""Run the tests of this folder on a pretended GPU: python tests/cuda [--all | --memory] [--sm 90] [arguments of pytest].
 
 The interpreter is one with the CUDA build of PyTorch; `make test-cuda` makes it. A C++ compiler builds the stand-in at the first call.
 """
@@ -58,11 +58,15 @@ def surroundings(sm: int = 90, nvml: bool = True, **more: str) -> dict[str, str]
 
 def main() -> None:
     """One run of pytest per card."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], usage="python tests/cuda [--all] [--sm SM] [arguments of pytest]")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                     usage="python tests/cuda [--all | --memory] [--sm SM] [arguments of pytest]")
     parser.add_argument("--all", action="store_true", help="the whole grid on sm_90, and twenty runs on each of sm_75, 80 and 89")
     parser.add_argument("--sm", type=int, help="one card alone: 75, 80, 89 or 90")
+    parser.add_argument("--memory", action="store_true", help="the table of predicted memory, instead of tests")
     args, rest = parser.parse_known_args()
     build()
+    if args.memory:
+        sys.exit(subprocess.run([sys.executable, str(HERE / "memory.py"), *rest], env=surroundings(args.sm or 90), cwd=ROOT).returncode)
     cards = [args.sm] if args.sm else [90, 75, 80, 89] if args.all else [90]
     codes = []
     for sm in cards:

@@ -14,7 +14,7 @@ from mainrun_nb.evaluate import evaluate
 from mainrun_nb.models import build_model
 
 SWEEPS = Path(__file__).resolve().parents[2] / "sweeps"
-LAUNCHES = {"base/baseline": 440, "sota/small": 1365, "sota/full": 4285, "base/sparsek": 10_000}  # a step in eager mode, with a margin of 3 %
+LAUNCHES = {"base/baseline": 440, "sota/small": 1365, "sota/full": 4285, "base/sparsek": 10_000}  # eager, with a margin of 3 %
 
 
 @pytest.mark.parametrize("name", LAUNCHES)

@@ -13,7 +13,7 @@ from mainrun_nb.device import pick_device
 
 SMALL = ["hyperparams.num_titles=600", "hyperparams.vocab_size=600", "hyperparams.context_length=64", "hyperparams.batch_size=8",
          "hyperparams.max_steps=4", "hyperparams.evals_per_epoch=1", "hyperparams.device=cuda", "tokenizer.kind=bpe",
-         *(f"model_configs.{m}.{s}" for m in ("gpt", "unet_gpt") for s in ("d_model=64", "hidden_layer=64", "n_layer=2", "dropout=0.1")),
+         *(f"model_configs.{m}.{s}" for m in ("gpt", "unet_gpt") for s in ("d_model=64", "n_layer=2")), "model_configs.gpt.hidden_layer=64",
          "model_configs.unet_gpt.hidden_layer_list=[64,32]", *(f"attn_configs.{a}.n_head=4" for a in ("causal", "sparse", "sparsek")),
          "attn_configs.sparsek.k=8", "attn_configs.sparsek.window=8", "attn_configs.sparsek.chunk=16",
          "attn_configs.sparse.local_attn_ctx=16", "attn_configs.sparse.sparseblocksize=16", "attn_configs.sparse.num_verts=2"]
