@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 from tqdm.auto import tqdm
 
+# %% ../nbs/31_sweep.ipynb #08b4d5b5
 from . import moved
 from .check import other_base
 from .checkpoint import atomic_write, differences, read_sealed, require_one_run, run_lock, sealed

@@ -241,6 +241,24 @@ def save_curves(run_dir: Path) -> None:
     plot_curves(read_events(run_dir)).savefig(buffer, format="png", dpi=120)
     atomic_write(run_dir / "curves.png", buffer.getvalue())
 
+# %% ../nbs/27_trainer.ipynb #33a976a0
+def save_samples(run_dir: Path, state: TrainState, tokenizer: Tokenizer, hp: Hyperparams) -> None:
+    "Write samples.txt: five titles."
+    with final_weights(state, hp.compile) as model:
+        titles = write_titles(model, tokenizer, n=5, temperature=0.8, seed=hp.seed, max_tokens=64)
+    atomic_write(run_dir / "samples.txt", "\n".join(titles) + "\n")
+
+
+def add(path: Path, make: Callable[[], None]) -> None:
+    "Make what is nice to have of a finished run: where it cannot be, that is said, and the result stands. Raises `OSError`."
+    try:
+        make()
+    except OSError:
+        raise  # of the disk, which the result needs too: --resume comes back here
+    except Exception as e:
+        path.unlink(missing_ok=True)
+        warnings.warn(f"{path}: could not be made ({first_line(e)}); the result does not need it", stacklevel=3)
+
 # %% ../nbs/27_trainer.ipynb #291860dc
 @dataclass
 class Run:
@@ -371,29 +389,13 @@ class Run:
                 "seed": hp.seed, "data": data.info, "device": device_info(self.device, self.procs.count),
                 "versions": versions(), "commit": git_commit(), "identity": self.mark.get("identity")}
 
-    def save_samples(self) -> None:
-        "Write samples.txt."
-        with final_weights(self.state, self.hp.compile) as model:
-            titles = write_titles(model, self.data.tokenizer, n=5, temperature=0.8, seed=self.hp.seed, max_tokens=64)
-        atomic_write(self.run_dir / "samples.txt", "\n".join(titles) + "\n")
-
-    def add(self, name: str, make: Callable[[], None]) -> None:
-        "Add to the folder what is nice to have: where it cannot be made that is said, and the result stands. Raises `OSError`."
-        try:
-            make()
-        except OSError:
-            raise  # of the disk, which the result needs too: --resume comes back here
-        except Exception as e:
-            (self.run_dir / name).unlink(missing_ok=True)
-            warnings.warn(f"{self.run_dir / name}: could not be made ({first_line(e)}); the result does not need it", stacklevel=2)
-
     def finish(self) -> dict[str, Any]:
         "Samples, curves and result.json; the result."
         sweep_scratch(self.run_dir)  # of a checkpoint that could not be removed
-        self.add("samples.txt", self.save_samples)
+        add(self.run_dir / "samples.txt", lambda: save_samples(self.run_dir, self.state, self.data.tokenizer, self.hp))
         result = as_json(self.result())
         self.tracker.log("run_finished", step=self.state.step, **{k: v for k, v in result.items() if not isinstance(v, dict)})
-        self.add("curves.png", lambda: save_curves(self.run_dir))
+        add(self.run_dir / "curves.png", lambda: save_curves(self.run_dir))
         made = [name for name in PRODUCTS if (self.run_dir / name).exists()]
         result = sealed({**result, "files": {name: file_digest(self.run_dir / name) for name in made}})
         atomic_write(self.run_dir / "result.json", json.dumps(result, indent=1))
@@ -569,5 +571,5 @@ def train(
     with joined(device, hp.heartbeat) as procs, told(run_dir, device, procs), freed_memory_kept(), computing(hp, device):
         return RunResult(run_dir, one_run(procs, device, cfg, run_dir, resume, progress, on_event))
 
-# %% ../nbs/27_trainer.ipynb #c692ca2e
+# %% ../nbs/27_trainer.ipynb #20013b15
 __getattr__ = moved("trainer")
