@@ -474,7 +474,7 @@ def explained(error: BaseException, run_dir: Path, device: torch.device, procs: 
         memory = f"{used_memory(run_dir, device)}: {first}"
         return RunError(f"{run_dir}: out of memory ({memory}); hyperparams.grad_accum cuts the batch into smaller parts")
     if "deterministic implementation" in first:
-        return RunError(f"{run_dir}: hyperparams.deterministic: {first_line(error)}")
+        return RunError(f"{run_dir}: hyperparams.deterministic: {first[:200]}")
     if isinstance(error, OSError) and error.strerror:
         kept = "the last checkpoint is kept" if list_checkpoints(run_dir) else "there is no checkpoint yet"
         return RunError(f"{error.filename or run_dir}: {error.strerror}; {kept}")
