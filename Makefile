@@ -1,6 +1,8 @@
-# make quickstart | test | chapter | lab | site | faults | bench | clean. Each makes .venv where it is missing; Python 3.11 or newer is all it needs.
+# make quickstart | test | test-cuda | chapter | lab | site | faults | bench | clean. Each makes .venv where it is missing; Python 3.11
+# or newer is all it needs.
 VENV := .venv
 BIN  := $(VENV)/bin
+CUDA_VENV := .venv-cuda
 # The first interpreter that really starts and is new enough. Choose another: make PYTHON=/path/to/python3 ...
 tested = import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 newer  = import sys; sys.exit(sys.version_info < (3, 11))
@@ -9,9 +11,9 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c '
 SHELL_SCRIPTS := .ci/run $(wildcard .github/scripts/*.sh docker/*.sh)
 WORKFLOWS := $(wildcard .github/workflows/*.yml)
 
-.PHONY: help quickstart test chapter lint lab site faults bench readme clean
+.PHONY: help quickstart test test-cuda chapter lint lab site faults bench readme clean
 help:  ## what there is
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer found. Install one, or say: make PYTHON=/path/to/python3 ..." >&2; exit 2; }
@@ -48,6 +50,19 @@ quickstart: $(VENV)/.runtime  ## install, then train a tiny model on synthetic t
 
 test: lint  ## the linters, then every test on all cores (MAINRUN_SLOW=1 for the slow ones too, HN_TITLES=file for real titles)
 	$(BIN)/python -m pytest --numprocesses logical --dist worksteal $(ARGS)
+
+# The CUDA build of PyTorch, some 5 GB, in an environment of its own: pip's usual index has it, a folder of local wheels may have another.
+$(CUDA_VENV)/.done: settings.ini setup.py pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer found. Install one, or say: make PYTHON=/path/to/python3 ..." >&2; exit 2; }
+	@command -v $${CXX:-c++} >/dev/null || { echo "make test-cuda: needs a C++ compiler (Debian: apt-get install g++)" >&2; exit 2; }
+	$(PYTHON) -m venv $(CUDA_VENV) || { rm -rf $(CUDA_VENV); exit 1; }
+	@echo "Installing the CUDA build of PyTorch into $(CUDA_VENV) (half a GB to fetch, minutes) ..."
+	@PIP_FIND_LINKS= PIP_CONFIG_FILE=/dev/null $(CUDA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -c constraints.txt -e . pytest
+	@touch $@
+
+test-cuda: $(CUDA_VENV)/.done  ## trainings on a pretended GPU, tests/cuda/README.md (ARGS=--all: the whole grid)
+	$(CUDA_VENV)/bin/python tests/cuda $(ARGS)
 
 chapter: $(VENV)/.dev  ## one chapter: its notebook, its module and the house rules, as in make chapter C=07
 	@test -n "$(C)" || { echo "Which chapter? make chapter C=07" >&2; exit 2; }
@@ -86,4 +101,4 @@ readme: $(VENV)/.dev  ## README.md from nbs/index.ipynb
 
 clean:  ## build products and caches; runs and .venv stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
-	find . -path ./$(VENV) -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -print | xargs rm -rf
+	find . \( -path ./$(VENV) -o -path ./$(CUDA_VENV) \) -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -print | xargs rm -rf

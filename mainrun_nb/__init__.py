@@ -28,8 +28,9 @@ MOVED = {
     "sweep": {**dict.fromkeys(("make_report", "write_html", "axis_of", "importance", "plot_overview", "plot_settings",
                                "plot_parallel"), "report"),
               **dict.fromkeys(("RayEngine", "wait_for_folder", "trial_command"), "trials")},
-    "runtime": {"gpu_report": "gpu"},
-    "cli": {"evaluate_run": "trainer", "gpu_report": "gpu"},  # not imported there, so that --help is instant
+    "runtime": {"gpu_report": "gpu", "pick_device": "device"},
+    "trainer": {"evaluate_run": "rescore"},
+    "cli": {"evaluate_run": "rescore", "gpu_report": "gpu"},  # not imported there, so that --help is instant
 }
 
 

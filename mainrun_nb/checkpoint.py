@@ -263,6 +263,8 @@ PLACE = ("data.source", "data.revision", "data.split", "data.column", "data.enco
 def decisive(settings: dict[str, Any]) -> dict[str, Any]:
     "Of settings under dotted keys those that decide a run's numbers; of the source only whether it is the grammar."
     chosen = {k: v for k, v in settings.items() if not k.startswith((*FREE, *PLACE))}
+    if chosen.get("hyperparams.amp_dtype") == "auto":  # what it was once, and is but on old GPUs; a run's own folder says what it was there
+        chosen["hyperparams.amp_dtype"] = "bf16"
     return chosen | {"data.source": "synthetic" if settings.get("data.source") == "synthetic" else "titles"}
 
 # %% ../nbs/25_checkpoint.ipynb #e5d0dcca

@@ -93,7 +93,7 @@ def eval_cli(
     which: Which = "last",  # checkpoint
 ):
     "Evaluate a trained model; prints all metrics as JSON, with the step of the checkpoint"
-    from mainrun_nb.trainer import evaluate_run
+    from mainrun_nb.rescore import evaluate_run
 
     print(json.dumps(evaluate_run(run_dir, titles, which, overrides), indent=1))
 
@@ -150,7 +150,7 @@ def memory_cli(
 ):
     "Predict the memory of a training step without running it"
     from mainrun_nb.memory import estimate_memory, inference_memory, memory_budget, what_would_fit
-    from mainrun_nb.runtime import pick_device
+    from mainrun_nb.device import pick_device
 
     (config,) = needed(config=config)
     cfg = load_config(config, (*overrides, *([f"hyperparams.memory_budget_gb={budget}"] if budget else [])))

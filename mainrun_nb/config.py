@@ -137,7 +137,7 @@ class Hyperparams:
     amp_bool: bool = False  # mixed precision
     log_file: str | None = None  # a second copy of metrics.jsonl
     # --- what this project adds ---
-    amp_dtype: str = one_of("bf16", "fp16")  # fp16 needs CUDA
+    amp_dtype: str = one_of("auto", "bf16", "fp16")  # auto: bf16, or fp16 on a GPU that has no bf16; fp16 needs CUDA
     warmup: float = between(0, 1, 0.0)  # share of the steps with a rising learning rate
     decay: float = between(0, 1, 0.1)  # share of the steps that wsd decays over
     decay_shape: str = one_of("sqrt", "linear")  # of wsd: 1 - sqrt(x) or 1 - x
@@ -155,10 +155,12 @@ class Hyperparams:
     title_mask: bool = False  # a title attends only to itself
     rows: str = one_of("stream", "titles")  # titles: a row of a batch holds whole titles, padded (chapter 03); needs title_mask
     shuffle: bool = False  # draw the order of the titles anew for each pass, from the seed
-    loss_chunk: int = at_least(0, 512)  # rows of logits alive at once in the loss; 0 is all of them
+    loss_chunk: int = at_least(0, 512)  # rows of logits alive at once in the loss, on a GPU four times as many; 0 is all of them
     checkpoint_activations: bool = False  # recompute each block in the backward pass: less memory, more time
     compile: bool = False  # torch.compile
-    device: str = one_of("auto", "cpu", "cuda")
+    device: str = one_of("auto", "cpu", "cuda", "mps")  # auto: CUDA where it works; mps (a Mac's GPU) is untried
+    tf32: bool = True  # on CUDA, multiply float32 numbers as TF32 in training (chapter 20a); losses are computed without
+    deterministic: bool = False  # only kernels that give the same bits each time: slower on a GPU
     zero_optimizer: bool = False  # shard the optimizer's state over the processes of torchrun
     heartbeat: float = positive(45.0)  # seconds without a sign of life after which one of torchrun's processes is lost
     max_steps: int | None = optional_positive()  # stop (and finish the schedule) after so many steps

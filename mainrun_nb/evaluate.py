@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .attention import Attention, CausalAttention, TokenInfo, allowed, attend_plain, title_numbers
 from .config import Config, InputError, RunError
 from .data import EOS, joined_chars
+from .device import float32_products
 from .synthetic import floor_nats
 
 # %% ../nbs/23_evaluate.ipynb #bd3e6949
@@ -45,28 +46,31 @@ def summed_loss(
     x: Tensor,  # (B, T)
     y: Tensor,  # (B, T)
     rows: int = 1024,  # rows of logits alive at once
-) -> Tensor:  # scalar, float64
+) -> Tensor:  # scalar, float64 where the device has it
     "Cross-entropy of the targets in nats, summed."
     if hasattr(model, "token_nats"):
         found, nats = model.features(x), model.token_nats
     else:
         found, nats = model(x)[0], lambda z, t: F.cross_entropy(z.float(), t, reduction="none")
     pieces = zip(found.flatten(0, 1).split(rows), y.flatten().split(rows), strict=True)
-    return torch.stack([nats(part, t).double().sum() for part, t in pieces]).sum()
+    exact = torch.float32 if x.device.type == "mps" else torch.float64  # a Mac's GPU has no float64
+    return torch.stack([nats(part, t).to(exact).sum() for part, t in pieces]).sum()
 
 # %% ../nbs/23_evaluate.ipynb #8d4f8bf7
+def device_under(model: nn.Module) -> torch.device:
+    "The device that a model's parameters are on; the CPU for one that has none."
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
 @contextmanager
 def scoring(model: nn.Module) -> Iterator[torch.device]:
     "Evaluation mode, no gradients, float32; yields the model's device and restores everything after."
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    training, precision = model.training, torch.get_float32_matmul_precision()
+    device, training = device_under(model), model.training
     model.eval()
-    torch.set_float32_matmul_precision("highest")
     try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(device.type, enabled=False), float32_products("ieee"):
             yield device
     finally:
-        torch.set_float32_matmul_precision(precision)
         model.train(training)
 
 # %% ../nbs/23_evaluate.ipynb #883fa5a5
@@ -76,7 +80,8 @@ def total_nats(
 ) -> float:
     "Summed loss over all batches, in nats."
     with scoring(model) as device:
-        return sum(summed_loss(model, x.to(device), y.to(device)).item() for x, y in batches)
+        found = [summed_loss(model, x.to(device), y.to(device)) for x, y in batches]
+        return sum(torch.stack(found).tolist()) if found else 0.0  # a device is waited for once, not at each batch
 
 # %% ../nbs/23_evaluate.ipynb #6e889772
 def coverage(n_tokens: int, batch_size: int, context_length: int) -> float:
@@ -132,6 +137,7 @@ def evaluate(
     """
     if not len(ids):
         raise InputError("evaluate: the validation stream is empty")
+    ids = ids.to(device_under(model))  # whole, where each batch would be a copy of its own
     rows, whole = rows or batch_size, challenge_windows(ids, context_length, batch_size) if challenge else ()
     picked = (part for x, y in whole for part in zip(x.split(rows), y.split(rows), strict=True))
     nats, chars = total_nats(model, windows(ids, context_length, rows)), joined_chars(titles)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .checkpoint import load_run
 from .config import InputError, visible
+from .device import device_of
 from .sources import check_text
 
 # %% ../nbs/26_generate.ipynb #14ddbbe4
@@ -219,6 +220,6 @@ def generate(
     which: str = "last",  # checkpoint: last or best
     **kwargs: Any,
 ) -> list[str]:
-    "Titles from a trained run. Raises `InputError` as `load_run` and `write_titles` do."
-    _, model, tokenizer = load_run(run_dir, which)
-    return write_titles(model, tokenizer, prompt, n, **kwargs)
+    "Titles from a trained run, on its device where that is here. Raises `InputError` as `load_run` and `write_titles` do."
+    cfg, model, tokenizer = load_run(run_dir, which)
+    return write_titles(model.to(device_of(cfg.hyperparams)), tokenizer, prompt, n, **kwargs)

@@ -111,6 +111,7 @@ def _layers(model: nn.Module, tracker: Any, device: torch.device) -> list[LayerM
     return rows
 
 # %% ../nbs/22_memory.ipynb #12210aaa
+CPU = torch.device("cpu")
 PATIENCE = 20.0  # seconds: simulating one step, or all the steps that an advice takes
 
 
@@ -136,11 +137,12 @@ def simulate_step(
     cfg: Config,
     vocab_size: int,
     until: float = math.inf,  # on the monotonic clock
+    place: torch.device = CPU,  # where the tensors seem to be; another device must be here
 ) -> tuple[dict[str, int], list[LayerMemory]]:  # bytes per part at the moment of the peak; what each layer costs
     "Run two training steps on fake tensors and count what they would allocate. Raises `TooLong` when the time is over."
     from torch.distributed._tools.mem_tracker import MemTracker
 
-    hp, tracker, place = cfg.hyperparams, MemTracker(), torch.device("cpu")
+    hp, tracker = cfg.hyperparams, MemTracker()
     if hp.batch_size % hp.grad_accum:
         raise InputError(f"hyperparams.grad_accum: must divide the {hp.batch_size} rows of a batch, found {hp.grad_accum}")
     few = replace(hp, grad_accum=min(hp.grad_accum, 2))
@@ -206,7 +208,7 @@ class MemoryEstimate:
         return "\n".join([*rows, *([f"({self.note})"] if self.note else [])])
 
 # %% ../nbs/22_memory.ipynb #268889d3
-CUDA_ALLOWANCE = 1.10  # rounding, workspaces and fragmentation of the CUDA allocator; not measured on CUDA
+CUDA_ALLOWANCE = 1.10  # for a GPU that is not here
 
 BY_FORMULA = "by formula only, a guide: to simulate the step takes too long"
 
@@ -224,6 +226,21 @@ def by_formula(cfg: Config, vocab_size: int, n: int | None = None) -> dict[str, 
     parts = {**explain(cfg, vocab_size, n), "tables": _tables(cfg) if dense else 0}
     return {**parts, "total": sum(parts.values())}
 
+# %% ../nbs/22_memory.ipynb #40e41647
+def simulated_on(device: str) -> torch.device:
+    "Where the fake tensors of a prediction for `device` seem to be: there, if there is one, else on the CPU."
+    if device == "cuda" and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def workspaces(place: torch.device) -> int:  # bytes
+    "What cuBLAS takes beside the tensors, for the two threads of a step."
+    if place.type != "cuda" or torch.version.hip:
+        return 0
+    large = torch.cuda.get_device_capability(place)[0] in (9, 10)
+    return 2 * (32 * 2**20 if large or ":4096:8" in os.environ.get("CUBLAS_WORKSPACE_CONFIG", "") else 65 * 2**17)
+
 # %% ../nbs/22_memory.ipynb #61e320bb
 def estimate_memory(
     cfg: Config,
@@ -233,15 +250,17 @@ def estimate_memory(
     n: int | None = None,  # the model's parameters; none: build it and count, where the formula asks
 ) -> MemoryEstimate:
     "Predict the peak memory of a training step, without allocating it. Raises `InputError` as `build_model` does."
-    vocab_size, notes, simulated = vocab_size or cfg.hyperparams.vocab_size, [], True
+    vocab_size, notes, simulated, place = vocab_size or cfg.hyperparams.vocab_size, [], True, simulated_on(device)
     try:
-        parts, layers = simulate_step(cfg, vocab_size, time.monotonic() + PATIENCE if until is None else until)
+        parts, layers = simulate_step(cfg, vocab_size, time.monotonic() + PATIENCE if until is None else until, place)
     except TooLong:
         parts, layers, simulated = by_formula(cfg, vocab_size, n), [], False
         notes = [BY_FORMULA]
     notes += ["compile: the figure is for the eager step"] if cfg.hyperparams.compile else []
-    peak = parts["total"]
-    if device == "cuda":
+    peak = parts.pop("total") + (more := workspaces(place))
+    parts |= {"workspaces": more} if more else {}
+    parts["total"] = peak
+    if device == "cuda" and place.type == "cpu":
         peak = round(peak * CUDA_ALLOWANCE)
         notes.append(f"with the allowance for CUDA: {peak / 1e6:.0f} MB; attention as on a CPU, whose tables fused kernels need not keep")
     return MemoryEstimate(peak, parts, layers, "; ".join(notes), simulated)
@@ -288,11 +307,12 @@ def machine_memory() -> int:  # bytes
 
 
 def memory_budget(cfg: Config, device: str = "cpu") -> int:  # bytes
-    "What a run may use: `hyperparams.memory_budget_gb`, or all the memory of the GPU or machine."
+    "What a run may use: `hyperparams.memory_budget_gb`, or what is free of the GPU's memory, or all of the machine's."
     if cfg.hyperparams.memory_budget_gb:
         return round(cfg.hyperparams.memory_budget_gb * 1e9)
     if device == "cuda":
-        return torch.cuda.get_device_properties(0).total_memory
+        kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # by this process for its next tensor
+        return torch.cuda.mem_get_info()[0] + kept
     return machine_memory()
 
 # %% ../nbs/22_memory.ipynb #7e56a2cc

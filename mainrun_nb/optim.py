@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'SCHEDULERS', 'parameter_groups', 'register_optimizer', 'build_optimizer', 'whole_state',
-           'register_scheduler', 'lr_factor', 'set_lr', 'check_precision', 'autocast', 'make_scaler', 'EMA',
-           'accumulate', 'step_and_select', 'StepResult', 'train_step']
+           'register_scheduler', 'lr_factor', 'set_lr', 'half_precision', 'check_precision', 'autocast', 'make_scaler',
+           'EMA', 'accumulate', 'step_and_select', 'StepResult', 'train_step']
 
 # %% ../nbs/21_optim.ipynb #ce8ea684
 import math
@@ -260,6 +260,17 @@ def set_lr(optimizer: Optimizer, factor: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
 
+# %% ../nbs/21_optim.ipynb #007910dc
+def half_precision(
+    hp: Hyperparams,
+    device: torch.device | str,
+) -> str:  # bf16 or fp16
+    "The format that `hyperparams.amp_dtype` stands for on a device: `auto` is bf16, but on a GPU that has none."
+    if hp.amp_dtype != "auto":
+        return hp.amp_dtype
+    lacks = hp.amp_bool and torch.device(device).type == "cuda" and torch.cuda.is_available()
+    return "fp16" if lacks and not torch.cuda.is_bf16_supported(including_emulation=False) else "bf16"
+
 # %% ../nbs/21_optim.ipynb #8899a590
 def check_precision(hp: Hyperparams, device: torch.device | str) -> None:
     "Raise `InputError` where `device` cannot do the mixed precision that `hp` asks for."
@@ -270,19 +281,19 @@ def check_precision(hp: Hyperparams, device: torch.device | str) -> None:
         raise InputError("hyperparams.amp_dtype: fp16 needs CUDA, on a CPU it is about a thousand times slower than fp32; use bf16")
     if hp.amp_dtype == "bf16" and kind == "cuda" and torch.cuda.is_available():
         if not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise InputError("hyperparams.amp_dtype: this GPU has no bf16; use fp16")
+            raise InputError("hyperparams.amp_dtype: this GPU has no bf16; use fp16, or auto, which takes it here")
 
 
 def autocast(hp: Hyperparams, device: torch.device | str) -> Any:
     "The context in which a forward pass runs in the precision of `hp`."
-    dtype = torch.float16 if hp.amp_dtype == "fp16" else torch.bfloat16
+    dtype = torch.float16 if half_precision(hp, device) == "fp16" else torch.bfloat16
     return torch.autocast(torch.device(device).type, dtype=dtype, enabled=hp.amp_bool)
 
 
 def make_scaler(hp: Hyperparams, device: torch.device | str) -> torch.amp.GradScaler | None:
     "A gradient scaler for fp16 on CUDA; nothing else needs one. Raises as `check_precision`."
     check_precision(hp, device)
-    return torch.amp.GradScaler("cuda") if hp.amp_bool and hp.amp_dtype == "fp16" else None
+    return torch.amp.GradScaler("cuda") if hp.amp_bool and half_precision(hp, device) == "fp16" else None
 
 # %% ../nbs/21_optim.ipynb #a0b872b8
 class EMA:

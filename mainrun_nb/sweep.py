@@ -23,13 +23,15 @@ from typing import Any
 import yaml
 from tqdm.auto import tqdm
 
+# %% ../nbs/31_sweep.ipynb #08b4d5b5
 from . import moved
 from .check import other_base
 from .checkpoint import atomic_write, differences, read_sealed, require_one_run, run_lock, sealed
 from .config import Config, InputError, RunError, TrackingConfig, did_you_mean, flatten, load_config, save_config
 from .data import load_titles
+from .device import pick_device
 from .memory import MemoryBudgetError, check_budget, check_build
-from .runtime import Interrupted, in_log_file, noted_signals, pick_device
+from .runtime import Interrupted, in_log_file, noted_signals
 from .search import Chooser, Dimension, Search, for_wandb, grid_points, optuna_history, random_point, read_search  # noqa: F401
 from .files import check_file_name
 from .space import Setting

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RunData', 'prepare_data', 'Plan', 'make_plan', 'TrainState', 'my_rows', 'make_state', 'Taken', 'take_step',
-           'read_steps', 'evaluate_state', 'RunResult', 'train', 'evaluate_run']
+           'read_steps', 'evaluate_state', 'RunResult', 'train']
 
 # %% ../nbs/27_trainer.ipynb #7fcb8043
 import io
@@ -12,7 +12,7 @@ import json
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,22 +24,25 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 # %% ../nbs/27_trainer.ipynb #09be5496
+from . import moved
 from .case import Pairs
-from .checkpoint import OPENING, PRODUCTS, UNCHECKED, Checkpoint, Identity, OpenRun, atomic_write, changes, check_folder
+from .checkpoint import OPENING, PRODUCTS, UNCHECKED, Checkpoint, Identity, atomic_write, changes, check_folder
 from .checkpoint import differences  # noqa: F401  scripts import it from here
-from .checkpoint import check_titles, elsewhere, file_digest, finished, identify, list_checkpoints, load_checkpoint, open_run
+from .checkpoint import check_titles, elsewhere, file_digest, finished, identify, list_checkpoints, load_checkpoint
 from .checkpoint import remove_later, require_one_run, rng_state, run_lock, save_checkpoint, sealed, set_rng_state, sweep_scratch
-from .config import Config, Hyperparams, InputError, RunError, config_yaml, flatten, load_config
-from .data import Batches, fingerprint, joined_chars, read_split, reference_losses, shard_seed, steps_per_epoch, titles_digest, token_stream
-from .evaluate import challenge_windows, lost_titles, not_comparable, validation_metrics
+from .config import Config, Hyperparams, InputError, RunError, config_yaml, first_line, flatten, load_config
+from .data import Batches, fingerprint, joined_chars, read_split, reference_losses, shard_seed, steps_per_epoch, token_stream
+from .device import check_compiler, computing, numerics, pick_device
+from .evaluate import lost_titles, not_comparable, validation_metrics
 from .generate import write_titles
 from .memory import check_budget, formula_need
 from .memory import check_build  # noqa: F401  scripts import it from here
 from .models import build_model, count_parameters
-from .optim import EMA, StepResult, build_optimizer, check_precision, lr_factor, make_scaler, set_lr, train_step, whole_state
+from .optim import EMA, StepResult, build_optimizer, check_precision, half_precision, lr_factor, make_scaler, set_lr
+from .optim import train_step, whole_state
 from .runtime import Interrupted, Processes, device_info, freed_memory_kept, git_commit, in_log_file, joined, noted_signals
-from .runtime import peak_memory, pick_device, speed_report, versions
-from .sources import Account, all_titles
+from .runtime import peak_memory, speed_report, versions
+from .sources import Account
 from .tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from .tracking import Tracker, as_json, check_tracking, plot_curves, read_events
 
@@ -238,6 +241,24 @@ def save_curves(run_dir: Path) -> None:
     plot_curves(read_events(run_dir)).savefig(buffer, format="png", dpi=120)
     atomic_write(run_dir / "curves.png", buffer.getvalue())
 
+# %% ../nbs/27_trainer.ipynb #33a976a0
+def save_samples(run_dir: Path, state: TrainState, tokenizer: Tokenizer, hp: Hyperparams) -> None:
+    "Write samples.txt: five titles."
+    with final_weights(state, hp.compile) as model:
+        titles = write_titles(model, tokenizer, n=5, temperature=0.8, seed=hp.seed, max_tokens=64)
+    atomic_write(run_dir / "samples.txt", "\n".join(titles) + "\n")
+
+
+def add(path: Path, make: Callable[[], None]) -> None:
+    "Make what is nice to have of a finished run: where it cannot be, that is said, and the result stands. Raises `OSError`."
+    try:
+        make()
+    except OSError:
+        raise  # of the disk, which the result needs too: --resume comes back here
+    except Exception as e:
+        path.unlink(missing_ok=True)
+        warnings.warn(f"{path}: could not be made ({first_line(e)}); the result does not need it", stacklevel=3)
+
 # %% ../nbs/27_trainer.ipynb #291860dc
 @dataclass
 class Run:
@@ -330,7 +351,8 @@ class Run:
 
     def begin(self, found: Checkpoint | None, memory: dict[str, Any]) -> None:
         "Go back to the checkpoint if there is one, and say how the run starts; `memory` is what chapter 22 predicted."
-        hp, kept, machine = self.hp, self.tracker.kept, device_info(self.device, self.procs.count)
+        hp, kept = self.hp, self.tracker.kept
+        machine = {**device_info(self.device, self.procs.count), **numerics(hp, self.device)}
         opening = {
             OPENING: {**flatten(self.cfg), **self.mark}, "device_info": machine, "dataset_info": self.data.info,
             "model_configured": {"architecture": hp.model_architecture, **asdict(getattr(self.cfg.model_configs, hp.model_architecture))},
@@ -358,10 +380,11 @@ class Run:
         s, hp, data = self.state, self.hp, self.data
         pace = s.timed_steps * self.batches.tokens / s.seconds if s.seconds else None
         parameters, counted = count_parameters(s.model), data.info["reference/kneser_ney"]
+        peak = peak_memory(self.device)  # before the speed of the machine is measured
         return {**self.metrics, "lossless": not data.info["lost_titles"], "beats_counting": self.metrics["val/loss"] < counted,
                 "steps": s.step, "skipped_steps": s.skipped, "tokens_per_second": pace, "train_seconds": s.seconds,
                 **speed_report(pace, parameters, hp, self.device, self.procs.count, self.batches.tokens),
-                "peak_memory_bytes": peak_memory(self.device),
+                "peak_memory_bytes": peak, **numerics(hp, self.device),
                 "parameters": parameters, "parameters_non_embedding": count_parameters(s.model, embeddings=False),
                 "seed": hp.seed, "data": data.info, "device": device_info(self.device, self.procs.count),
                 "versions": versions(), "commit": git_commit(), "identity": self.mark.get("identity")}
@@ -369,13 +392,12 @@ class Run:
     def finish(self) -> dict[str, Any]:
         "Samples, curves and result.json; the result."
         sweep_scratch(self.run_dir)  # of a checkpoint that could not be removed
-        with final_weights(self.state, self.hp.compile) as model:
-            titles = write_titles(model, self.data.tokenizer, n=5, temperature=0.8, seed=self.hp.seed, max_tokens=64)
-        atomic_write(self.run_dir / "samples.txt", "\n".join(titles) + "\n")
+        add(self.run_dir / "samples.txt", lambda: save_samples(self.run_dir, self.state, self.data.tokenizer, self.hp))
         result = as_json(self.result())
         self.tracker.log("run_finished", step=self.state.step, **{k: v for k, v in result.items() if not isinstance(v, dict)})
-        save_curves(self.run_dir)
-        result = sealed({**result, "files": {name: file_digest(self.run_dir / name) for name in PRODUCTS}})
+        add(self.run_dir / "curves.png", lambda: save_curves(self.run_dir))
+        made = [name for name in PRODUCTS if (self.run_dir / name).exists()]
+        result = sealed({**result, "files": {name: file_digest(self.run_dir / name) for name in made}})
         atomic_write(self.run_dir / "result.json", json.dumps(result, indent=1))
         return result
 
@@ -426,6 +448,7 @@ def before_training(
     hp = cfg.hyperparams
     check_tracking(cfg, run_dir if resume else None)
     check_precision(hp, device)
+    check_compiler(hp, device)
     going_on = check_folder(run_dir, cfg, resume)
     if going_on and (result := finished(run_dir, cfg)):
         return result
@@ -450,6 +473,8 @@ def explained(error: BaseException, run_dir: Path, device: torch.device, procs: 
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in first:
         memory = f"{used_memory(run_dir, device)}: {first}"
         return RunError(f"{run_dir}: out of memory ({memory}); hyperparams.grad_accum cuts the batch into smaller parts")
+    if "deterministic implementation" in first:
+        return RunError(f"{run_dir}: hyperparams.deterministic: {first[:200]}")
     if isinstance(error, OSError) and error.strerror:
         kept = "the last checkpoint is kept" if list_checkpoints(run_dir) else "there is no checkpoint yet"
         return RunError(f"{error.filename or run_dir}: {error.strerror}; {kept}")
@@ -471,9 +496,9 @@ def told(run_dir: Path, device: torch.device, procs: Processes) -> Iterator[None
         raise (plain or e) from (None if plain else e.__cause__)
 
 # %% ../nbs/27_trainer.ipynb #0ebad60b
-def made_with(device: torch.device, processes: int) -> dict[str, Any]:
+def made_with(hp: Hyperparams, device: torch.device, processes: int) -> dict[str, Any]:
     "What a run's numbers may depend on in their last digits, beside its configuration."
-    return {**device_info(device, processes), **versions(), "commit": git_commit()}
+    return {**device_info(device, processes), **numerics(hp, device), **versions(), "commit": git_commit()}
 
 
 def one_run(
@@ -487,7 +512,7 @@ def one_run(
     state = make_state(cfg, data.tokenizer.vocab_size, device, procs, data.tokenizer.pairs)
     with ExitStack() as held:
         found, own = procs.share(lambda: claim(held, run_dir, cfg, resume, data))
-        mark = {"identity": asdict(own), "made_with": made_with(device, procs.count)}
+        mark = {"identity": asdict(own), "made_with": made_with(cfg.hyperparams, device, procs.count)}
         tracker = Tracker(None if procs.rank else run_dir, cfg, found.step if found else None, on_event, asdict(own))
         held.push(lambda kind, error, trace: tracker.close(0 if error is None else 1))
         run = Run(cfg, run_dir, data, state, plan, procs, device, tracker, mark)
@@ -543,54 +568,10 @@ def train(
     run_dir, device = Path(run_dir), pick_device(cfg.hyperparams.device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)  # of runs that this process made before
-    with joined(device, cfg.hyperparams.heartbeat) as procs, told(run_dir, device, procs), freed_memory_kept():
+    hp = replace(cfg.hyperparams, amp_dtype=half_precision(cfg.hyperparams, device))  # config.yaml says what `auto` was
+    cfg = replace(cfg, hyperparams=hp)
+    with joined(device, hp.heartbeat) as procs, told(run_dir, device, procs), freed_memory_kept(), computing(hp, device):
         return RunResult(run_dir, one_run(procs, device, cfg, run_dir, resume, progress, on_event))
 
-# %% ../nbs/27_trainer.ipynb #a92cea0b
-def own_titles(run_dir: str | Path, run: OpenRun, cfg: Config) -> tuple[list[str], list[str], Account]:
-    "The titles of a run in halves, and their account. Raises `InputError` where its source does not hold them any more."
-    train, val, account = read_split(cfg)
-    if run.titles and not titles_digest(train, val).startswith(run.titles):
-        hint = "data.source=FILE names where they are now, --titles a file of others"
-        raise InputError(f"{run_dir}: '{cfg.data.source}' no longer holds the titles of this run; {hint}")
-    return train, val, account
-
-
-def data_settings(run: OpenRun, overrides: Iterable[str]) -> Config:
-    "The configuration of a run with other settings of `data`, such as where its titles lie now. Raises `InputError` for other sections."
-    for text in overrides:
-        if not text.startswith("data."):
-            raise InputError(f"{text}: a finished run takes other settings of data only, as data.source=FILE or data.column=NAME")
-    own = [f"{k}={json.dumps(v)}" for k, v in flatten(run.cfg).items() if k.startswith("data.")]
-    return replace(run.cfg, data=load_config(None, [*own, *overrides]).data)
-
-# %% ../nbs/27_trainer.ipynb #c8989aec
-def fits_window(ids: Tensor, hp: Hyperparams) -> bool:
-    "Whether the challenge's evaluation has a window in the stream (tokens,); where it has none, that is said."
-    try:
-        challenge_windows(ids, hp.context_length, hp.batch_size)
-    except InputError as e:
-        warnings.warn(str(e), stacklevel=3)
-        return False
-    return True
-
-# %% ../nbs/27_trainer.ipynb #a0b34354
-def evaluate_run(
-    run_dir: str | Path,
-    titles: str | None = None,  # another source, such as a file or folder; none: the run's own validation split
-    which: str = "last",  # or "best"
-    overrides: Sequence[str] = (),  # settings of data, such as data.column=headline
-) -> dict[str, Any]:
-    """Every metric for a finished run and its step; the references for its own titles. The challenge's loss is None where no window fits.
-
-    Raises `InputError` where the run's own titles are not found any more: some of others may be titles that it was trained on.
-    """
-    run = open_run(run_dir, which)
-    cfg = data_settings(run, overrides if titles is None else [*overrides, f"data.source={json.dumps(titles)}"])
-    train, val, account = own_titles(run_dir, run, elsewhere(cfg)) if titles is None else ([], *all_titles(cfg.data))
-    ids = token_stream(val, run.tokenizer)
-    lost = lost_titles(ids, val, run.tokenizer)
-    metrics = {"step": run.checkpoint.step, "val/challenge_loss": None, "val/coverage": 0.0, "titles": len(val), "tokens": len(ids)}
-    metrics |= {"lossless": not lost, **account.record(lost)}
-    counted = references(token_stream(train, run.tokenizer), ids, run.tokenizer.vocab_size, val) if train else {}
-    return {**metrics, **validation_metrics(run.model, ids, val, cfg, challenge=fits_window(ids, cfg.hyperparams)), **counted}
+# %% ../nbs/27_trainer.ipynb #20013b15
+__getattr__ = moved("trainer")

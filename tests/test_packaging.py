@@ -260,6 +260,11 @@ def test_constraints_pin_whatever_the_requirements_bring_along(settings):
     assert not loose & installed, f"constraints.txt does not pin {sorted(loose & installed)}"
 
 
+def test_constraints_pin_what_the_cuda_build_of_torch_leaves_open():
+    """It names exact versions of CUDA's libraries but for these three, which the image of the GPU runner would take as they come."""
+    assert {"cuda-bindings", "cuda-pathfinder", "nvidia-nvjitlink"} <= constraints().keys()
+
+
 # --- make, on a machine that has nothing yet ---
 
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import mainrun_nb.trainer as trainer
+from mainrun_nb import device
 from mainrun_nb.checkpoint import list_checkpoints, load_checkpoint, load_run, read_checkpoint
 from mainrun_nb.config import Hyperparams, InputError, RunError, load_config, save_config
 from mainrun_nb.gpt import GPT
@@ -492,6 +493,10 @@ def test_the_cuda_allocator_is_told_before_cuda_starts(monkeypatch):
     for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(device, "nvml_answers", lambda: False)
+    assert trainer.pick_device("auto").type == "cpu" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ  # they would end the process
+    monkeypatch.setattr(device, "nvml_answers", lambda: True)
     assert trainer.pick_device("cpu").type == "cpu" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
     trainer.pick_device("auto")
     assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
