@@ -57,6 +57,7 @@ def main() -> None:
         path, small = ROOT / "sweeps" / f"{name}.yaml", ["data.source=synthetic", "hyperparams.compile=false", "hyperparams.grad_accum=1"]
         whole = load_config(path, small)
         cfg = load_config(path, [*small, f"hyperparams.batch_size={min(args.rows, whole.hyperparams.batch_size)}"])
+        machine_pace.cache_clear()  # the machine's own speed drifts: measured anew beside each
         began = time.process_time()
         predicted = step_seconds(cfg, vocab_size=VOCAB, patience=60.0)
         asked = time.process_time() - began
