@@ -493,7 +493,7 @@ def one_run(
         mark = {"identity": asdict(own), "made_with": made_with(device, procs.count)}
         run = Run(cfg, run_dir, data, state, plan, procs, device, tracker, mark)
         run.begin(found, memory)
-        run.loop(progress, f"about {in_words(memory['predicted_seconds'])} in all" if "predicted_seconds" in memory else "")
+        run.loop(progress, f"expected: {in_words(memory['predicted_seconds'])}" if "predicted_seconds" in memory else "")
         return procs.share(run.finish)
 
 # %% ../nbs/27_trainer.ipynb #c18740a6
