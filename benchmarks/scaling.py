@@ -1,5 +1,6 @@
 """Two small studies behind chapter 33, on one core: loss against model size and data, and steps against batch size.
 
+    HN_TITLES=titles.txt.gz python benchmarks/scaling.py           both, one after the other
     HN_TITLES=titles.txt.gz python benchmarks/scaling.py runs      -> benchmarks/results/scaling.csv
     HN_TITLES=titles.txt.gz python benchmarks/scaling.py batches   -> benchmarks/results/batches.csv
 
@@ -19,6 +20,7 @@ Rows are written as they are measured: a study that was stopped goes on where it
 import argparse
 import csv
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -120,14 +122,8 @@ def measure_batches() -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, A
 STUDIES = {"runs": (measure_runs, "scaling.csv"), "batches": (measure_batches, "batches.csv")}
 
 
-def main() -> None:
-    "Run a study, one CSV line for each run as it ends."
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=STUDIES)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    study, name = STUDIES[args.study]
-    path = RESULTS / name
+def make(study: Callable[[], Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]], path: Path) -> None:
+    "Make a study's runs, one CSV line for each as it ends; those that have theirs are not made again."
     path.parent.mkdir(exist_ok=True)
     for key, measure in study():
         done = list(csv.DictReader(path.open())) if path.exists() else []
@@ -140,6 +136,18 @@ def main() -> None:
                 writer.writeheader()
             writer.writerow(row)
         print(row, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", nargs="?", choices=STUDIES, help="default: all")
+    args = parser.parse_args()
+    if "HN_TITLES" not in os.environ:
+        parser.exit(0, "scaling.py: nothing was measured; HN_TITLES must name a file of titles\n")
+    torch.set_num_threads(1)
+    for name, (study, file) in STUDIES.items():
+        if args.study in (None, name):
+            make(study, RESULTS / file)
 
 
 if __name__ == "__main__":

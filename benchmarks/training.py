@@ -7,9 +7,11 @@ Shapes: the challenge's baseline (6 x 512, V 16,000, T 128; 27.2M parameters) an
 train on the same random tokens and take turns, round after round, so that a busy moment of the machine falls on all of them. A figure is
 the median over the rounds, a ratio is the median of the rounds' ratios. The optimizer is AdamW unless the name says otherwise (the
 challenge's way has SGD). One step is everything a loop pays for an update: the batch, forward, backward, clipping, the optimizer, the
-schedule, and reading the loss. Operations are counted as 6 N per token, and set against
-the machine's matrix rate in bf16 and fp32, measured in the same rounds. The trainer's setting of the C library's allocator holds for the
-whole process, so every variant gains from it. On a busy CPU, `--threads 1 --clock cpu` counts CPU seconds.
+schedule, and reading the loss. Operations are counted as 6 N per token, and set against the machine's matrix rate in bf16 and fp32,
+measured in the same rounds. After the rounds one more step of each is profiled: the share of its time in matrix products and the rate
+there, operations by the products' shapes, say how far the rest of the step is from nothing. The trainer's setting of the C library's
+allocator holds for the whole process, so every variant gains from it. On a busy CPU, `--threads 1 --clock cpu` counts CPU seconds (the
+profiler's times are wall time all the same, and mean little there).
 """
 
 import argparse
@@ -202,6 +204,25 @@ def matrix_seconds(a: Tensor, clock: Callable[[], float]) -> float:
     return clock() - began
 
 
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_dot_product", "aten::linear_cross_entropy")
+
+
+def products(step: Step) -> dict[str, float]:
+    "The share of a step's time that is spent in matrix products, and operations per second there; nothing of a step that is compiled."
+    from torch.profiler import ProfilerActivity, profile
+
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    with profile(activities=kinds, with_flops=True, record_shapes=True) as prof:
+        step()
+    events = prof.key_averages()
+    spent = {e.key: e.self_device_time_total if torch.cuda.is_available() else e.self_cpu_time_total for e in events}
+    inside = sum(t for key, t in spent.items() if key.startswith(PRODUCTS))
+    flops = sum(e.flops for e in events if e.key.startswith(PRODUCTS))
+    if not inside:
+        return {}
+    return {"products_share": inside / sum(spent.values()), "products_gflops": flops / inside / 1e3}
+
+
 def measure(shape: str, names: list[str], rounds: int, seconds: float, rows: int, device: torch.device, clock: Callable[[], float]) -> dict:
     "All variants on one shape, taking turns; stops after `rounds`, or once `seconds` are spent and 3 rounds are done."
     cfg = load_config(ROOT / SHAPES[shape], [f"hyperparams.batch_size={rows}", "data.source=synthetic"])
@@ -233,6 +254,7 @@ def measure(shape: str, names: list[str], rounds: int, seconds: float, rows: int
         flops = 6 * parameters[name] * tokens / t
         out[name] = {"ms": 1e3 * t, "tokens_per_second": tokens / t, "gflops": flops / 1e9, "of_bf16_matrix_rate": flops / rate["bf16"],
                      "of_fp32_matrix_rate": flops / rate["fp32"], "parameters": parameters[name], "rounds": len(times[name])}
+        out[name] |= products(steps[name]) if "compiled" not in name else {}
         if "challenge" in times:
             out[name]["speedup"] = median(c / o for c, o in zip(times["challenge"], times[name], strict=True))
     return {"rows": rows, "context_length": cfg.hyperparams.context_length,
@@ -265,8 +287,9 @@ def main() -> None:
         rates = ", ".join(f"{k} {v:.0f}" for k, v in found["matrix_gflops"].items())
         print(f"{shape}: {rows} x {found['context_length']} tokens; matrix products run at {rates} GFLOP/s")
         for name, row in found["variants"].items():
+            inside = f", {row['products_share']:.0%} in products at {row['products_gflops']:.0f}" if "products_share" in row else ""
             print(f"  {name:22s} {row['ms']:9.1f} ms {row['tokens_per_second']:10.0f} tokens/s {row['gflops']:9.1f} GFLOP/s (6N) "
-                  f"{row['of_bf16_matrix_rate']:6.1%} of bf16 {row.get('speedup', float('nan')):6.2f}x challenge", flush=True)
+                  f"{row['of_bf16_matrix_rate']:6.1%} of bf16 {row.get('speedup', float('nan')):6.2f}x challenge{inside}", flush=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -149,8 +149,8 @@ def memory_cli(
     budget: Number = 0.0,  # GB of 10^9 bytes; 0: hyperparams.memory_budget_gb, or the memory of this machine
 ):
     "Predict the memory of a training step without running it"
-    from mainrun_nb.memory import estimate_memory, inference_memory, memory_budget, what_would_fit
     from mainrun_nb.device import pick_device
+    from mainrun_nb.memory import estimate_memory, in_words, inference_memory, memory_budget, step_seconds, steps_of, what_would_fit
 
     (config,) = needed(config=config)
     cfg = load_config(config, (*overrides, *([f"hyperparams.memory_budget_gb={budget}"] if budget else [])))
@@ -160,6 +160,9 @@ def memory_cli(
     print(estimate.table())
     print(f"\nto write a title: {sum(writing.values()) / 1e6:.2f} MB, of which {writing['cache'] / 1e6:.2f} MB are the attention's cache")
     print(f"a training step needs {estimate.peak_bytes / 1e9:.2f} GB: {'fits' if fits else 'does not fit'} in {allowed / 1e9:.2f} GB")
+    if fits and estimate.simulated and (seconds := step_seconds(cfg, device)):
+        n = steps_of(cfg)
+        print(f"a step takes about {seconds:.2g} s here, {n:,} steps of it {in_words(n * seconds)} (with titles of the usual length)")
     if not fits:
         print(what_would_fit(cfg, allowed, device))
         raise SystemExit(1)

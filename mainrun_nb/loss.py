@@ -90,7 +90,7 @@ def logit_gradients_(
     return loss
 
 # %% ../nbs/14_loss.ipynb #1d2d3afe
-FEW = 32  # rows: their float32 logits are 2 MB at 16,000 words
+FEW = 64  # rows: their float32 logits are 4 MB at 16,000 words
 
 
 def table_gradients_(

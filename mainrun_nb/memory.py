@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['explain', 'LayerMemory', 'simulate_step', 'measured_peak', 'MemoryEstimate', 'estimate_memory', 'inference_memory',
            'machine_memory', 'memory_budget', 'what_would_fit', 'formula_need', 'check_build', 'MemoryBudgetError',
-           'check_budget']
+           'check_budget', 'machine_pace', 'step_seconds', 'in_words', 'predicted_time', 'steps_of']
 
 # %% ../nbs/22_memory.ipynb #63a8859a
 import gc
@@ -14,6 +14,7 @@ import os
 import time
 import warnings
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from .config import Config, InputError
 from .models import build_model
 from .optim import EMA, build_optimizer, train_step
-from .runtime import signals_later
+from .runtime import matrix_rate, signals_later
 
 # %% ../nbs/22_memory.ipynb #6695e907
 def block_activations(
@@ -413,3 +415,111 @@ def check_budget(
     if guess:
         warnings.warn(f"memory: a step needs {needed / 1e9:.3g} GB of {budget / 1e9:.3g} GB, {BY_FORMULA}", stacklevel=2)
     return {"method": "formula" if guess else "simulated", "predicted_bytes": needed, "budget_bytes": budget, **estimate.parts}
+
+# %% ../nbs/22_memory.ipynb #d630e143
+class Work(TorchDispatchMode):
+    "Within it, the operations of matrix products are counted, and the bytes that all other operations read and write."
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products, self.moved = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out, formula = func(*args, **(kwargs or {})), flop_registry.get(func.overloadpacket)
+        if formula:
+            self.products += formula(*args, **(kwargs or {}), out_val=out)
+        elif not func.is_view and func.namespace != "prim":  # which asks for a device, and touches nothing
+            self.moved += tensor_bytes(args) + tensor_bytes(out)
+        return out
+
+# %% ../nbs/22_memory.ipynb #a9c0bf48
+def work_of(cfg: Config, vocab_size: int, parts: int, until: float) -> tuple[int, int]:  # operations in products, bytes moved
+    "What an update from so many micro-batches has to do. Raises `TooLong` when the time is over."
+    hp = cfg.hyperparams
+    rows = hp.batch_size // hp.grad_accum * parts
+    with FakeTensorMode(), torch.device("cpu"), Deadline(until):
+        model = build_model(cfg, vocab_size).train()
+        optimizer, ema = build_optimizer(model, hp), EMA(model, hp.ema) if hp.ema else None
+        x, y = (torch.zeros(rows, hp.context_length, dtype=torch.long) for _ in range(2))
+        with Work() as work:
+            train_step(model, optimizer, x, y, replace(hp, grad_accum=parts), None, ema)
+    return work.products, work.moved
+
+
+def step_work(cfg: Config, vocab_size: int, until: float = math.inf) -> tuple[float, float]:
+    "What a whole update has to do: operations in products, bytes moved. Raises `TooLong`."
+    n, one = cfg.hyperparams.grad_accum, work_of(cfg, vocab_size, 1, until)
+    two = work_of(cfg, vocab_size, 2, until) if n > 1 else one
+    return one[0] + (n - 1) * (two[0] - one[0]), one[1] + (n - 1) * (two[1] - one[1])
+
+# %% ../nbs/22_memory.ipynb #8bb8577b
+@cache
+def machine_pace(device: str, dtype: torch.dtype) -> tuple[float, float]:  # operations and bytes per second
+    "The rate of a matrix product and the pace of a softmax on this machine, measured once."
+    table, times = torch.zeros(64, 16_000, device=device), list[float]()
+    while len(times) < 6 and sum(times) < 0.5:
+        began = time.perf_counter()
+        table.softmax(-1)[0, 0].item()  # reading a value waits for the device
+        times.append(time.perf_counter() - began)
+    return matrix_rate(device, dtype), 2 * table.nbytes / min(times)
+
+# %% ../nbs/22_memory.ipynb #8c9fda77
+def step_seconds(
+    cfg: Config,
+    device: str = "cpu",
+    vocab_size: int | None = None,  # of the tokenizer; none: hyperparams.vocab_size
+    processes: int = 1,  # that share out the batch
+    patience: float | None = None,  # seconds; none: `PATIENCE`
+) -> float | None:
+    "About how long an update takes here, not compiled; None where counting what it does takes longer than `patience`."
+    hp = replace(cfg.hyperparams, batch_size=cfg.hyperparams.batch_size // processes)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(hp.amp_dtype, torch.bfloat16) if hp.amp_bool else torch.float32
+    try:
+        until = time.monotonic() + (PATIENCE if patience is None else patience)
+        work = step_work(replace(cfg, hyperparams=hp), vocab_size or hp.vocab_size, until)
+    except TooLong:
+        return None
+    rates = machine_pace(device, dtype)
+    return work[0] / rates[0] + work[1] / rates[1]
+
+# %% ../nbs/22_memory.ipynb #a0ab7afa
+def in_words(
+    seconds: float,
+) -> str:
+    "A time as one would say it."
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return "less than a minute"
+    if minutes < 100:
+        return f"{minutes} minute" + "s" * (minutes > 1)
+    return f"{seconds / 3600:.1f} hours" if seconds < 100 * 3600 else f"{seconds / 86400:.1f} days"
+
+# %% ../nbs/22_memory.ipynb #c69f95b9
+LONG_RUN = 1e13  # operations
+
+# %% ../nbs/22_memory.ipynb #877a98b6
+def predicted_time(
+    cfg: Config,
+    vocab_size: int,
+    steps: int,
+    parameters: int,  # bytes
+    device: str = "cpu",
+    processes: int = 1,  # that share out the batch
+) -> dict[str, float]:  # for the log: seconds of all steps, without evaluations; nothing for a short run
+    "About how long a run takes."
+    hp = cfg.hyperparams
+    if 6 * parameters / 4 * hp.batch_size * hp.context_length * steps / processes < LONG_RUN:
+        return {}
+    seconds = step_seconds(cfg, device, vocab_size, processes, patience=10.0)
+    return {} if seconds is None else {"predicted_seconds": seconds * steps}
+
+# %% ../nbs/22_memory.ipynb #716d365e
+TITLE_TOKENS = 12.6  # of a Hacker News title with its <eos>, at 16,000 words
+
+# %% ../nbs/22_memory.ipynb #a8502559
+def steps_of(cfg: Config) -> int:
+    "About how many steps a run has, before its titles are read."
+    hp = cfg.hyperparams
+    tokens = hp.num_titles * (1 - hp.val_frac) * TITLE_TOKENS
+    steps = max(1, round(hp.epochs * tokens / (hp.batch_size * hp.context_length)))
+    return min(steps, hp.max_steps or steps)

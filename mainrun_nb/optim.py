@@ -100,7 +100,7 @@ def stacks(params: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
         n = max(1, STACK // (r * c))
         yield from (alike[i : i + n] for i in range(0, len(alike), n))
 
-
+# %% ../nbs/21_optim.ipynb #8621cb9e
 class Muon(Optimizer):
     "Muon (Jordan et al. 2024) with Nesterov momentum and decoupled weight decay, on matrices; it calculates in stacks of equal shapes."
 

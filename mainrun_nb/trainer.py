@@ -35,7 +35,7 @@ from .data import Batches, fingerprint, joined_chars, read_split, reference_loss
 from .device import check_compiler, computing, numerics, pick_device
 from .evaluate import lost_titles, not_comparable, validation_metrics
 from .generate import write_titles
-from .memory import check_budget, formula_need
+from .memory import check_budget, formula_need, in_words, predicted_time
 from .memory import check_build  # noqa: F401  scripts import it from here
 from .models import build_model, count_parameters
 from .optim import EMA, StepResult, build_optimizer, check_precision, half_precision, lr_factor, make_scaler, set_lr
@@ -284,11 +284,11 @@ class Run:
         if self.procs.count > 1:
             self.model = DistributedDataParallel(self.model)
 
-    def loop(self, progress: bool = True) -> None:
+    def loop(self, progress: bool = True, expected: str = "") -> None:
         "Steps until the plan is done. Raises `Interrupted` after a signal, having saved unless the steps are bad."
         s, plan = self.state, self.plan
         show, every = progress and self.procs.rank == 0, 10.0 if in_log_file() else 0.2  # seconds
-        bar = tqdm(total=plan.max_steps, initial=s.step, unit="step", mininterval=every, disable=not show)
+        bar = tqdm(total=plan.max_steps, initial=s.step, unit="step", mininterval=every, disable=not show, postfix=expected or None)
         with noted_signals() as signals, bar:
             while s.step < plan.max_steps:
                 self.advance()
@@ -456,7 +456,8 @@ def before_training(
     tokenizer = load_tokenizer(run_dir / "tokenizer") if going_on and list_checkpoints(run_dir) else None
     data = prepare_data(elsewhere(cfg) if going_on else cfg, tokenizer)
     plan, size = plan_batches(hp, data, device.type), data.tokenizer.n_pieces
-    return data, plan, check_budget(cfg, size, device.type, processes, rough=rough if size == hp.vocab_size else None)
+    memory = check_budget(cfg, size, device.type, processes, rough=rough if size == hp.vocab_size else None)
+    return data, plan, {**memory, **predicted_time(cfg, size, plan.max_steps, rough["parameters"], device.type, processes)}
 
 # %% ../nbs/27_trainer.ipynb #6452e290
 def used_memory(run_dir: Path, device: torch.device) -> str:
@@ -519,7 +520,7 @@ def one_run(
         run.begin(found, memory)
         if progress and not procs.rank:
             print(f"{cfg.data.source}: {data.info['account']['text']}", flush=True)
-        run.loop(progress)
+        run.loop(progress, f"expected: {in_words(memory['predicted_seconds'])}" if "predicted_seconds" in memory else "")
         return procs.share(run.finish)
 
 # %% ../nbs/27_trainer.ipynb #c18740a6

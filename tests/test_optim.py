@@ -17,6 +17,7 @@ from mainrun_nb.optim import (
     EMA,
     OPTIMIZERS,
     SCHEDULERS,
+    Muon,
     StepResult,
     accumulate,
     autocast,
