@@ -103,7 +103,10 @@ def open_model(folder: str, which: str) -> tuple:  # model, tokenizer
     from mainrun_nb.checkpoint import load_run
     from mainrun_nb.hub import MANIFEST, load_exported
 
-    return (load_exported(folder) if Path(folder, MANIFEST).exists() else load_run(folder, which))[1:]
+    exported = Path(folder, MANIFEST).exists()
+    if exported and which != "last":
+        raise InputError(f"--which {which}: {folder} is an export, which holds the last weights only")
+    return (load_exported(folder) if exported else load_run(folder, which))[1:]
 
 
 def talk(model: Any, tokenizer: Any, prompt: str, **options: Any) -> None:
