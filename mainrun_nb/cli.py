@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from . import __version__, moved
-from .config import InputError, find_file, load_config, shipped, visible
+from .config import InputError, did_you_mean, find_file, load_config, shipped, visible
 from .console import COMMANDS, command, for_people, guard_notebook, guard_streams, needed, tell  # noqa: F401  for scripts
 
 # %% ../nbs/34_cli.ipynb #bfa1eac5
@@ -321,7 +321,7 @@ def configs_cli(
         found = find_file(name, "")
         files = {known: path for known, path in files.items() if path == found}
         if not files:
-            raise InputError(f"{name}: is a file of your own, and not one that comes with the package")
+            raise InputError(f"{name}: is none that comes with the package.{did_you_mean(name, shipped())}")
     if copy:
         print(*copy_files(files, Path(copy)), sep="\n")
     elif name:
