@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from . import __version__, moved
-from .config import InputError, find_file, load_config, shipped, visible
+from .config import InputError, did_you_mean, find_file, load_config, shipped, visible
 from .console import COMMANDS, command, for_people, guard_notebook, guard_streams, needed, tell  # noqa: F401  for scripts
 
 # %% ../nbs/34_cli.ipynb #bfa1eac5
@@ -103,7 +103,10 @@ def open_model(folder: str, which: str) -> tuple:  # model, tokenizer
     from mainrun_nb.checkpoint import load_run
     from mainrun_nb.hub import MANIFEST, load_exported
 
-    return (load_exported(folder) if Path(folder, MANIFEST).exists() else load_run(folder, which))[1:]
+    exported = Path(folder, MANIFEST).exists()
+    if exported and which != "last":
+        raise InputError(f"--which {which}: {folder} is an export, which holds the last weights only")
+    return (load_exported(folder) if exported else load_run(folder, which))[1:]
 
 
 def talk(model: Any, tokenizer: Any, prompt: str, **options: Any) -> None:
@@ -321,7 +324,7 @@ def configs_cli(
         found = find_file(name, "")
         files = {known: path for known, path in files.items() if path == found}
         if not files:
-            raise InputError(f"{name}: is a file of your own, and not one that comes with the package")
+            raise InputError(f"{name}: is none that comes with the package.{did_you_mean(name, shipped())}")
     if copy:
         print(*copy_files(files, Path(copy)), sep="\n")
     elif name:

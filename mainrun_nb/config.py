@@ -521,9 +521,12 @@ def find_file(
     text = str(path)
     if os.path.exists(text) and not os.path.isdir(text):
         return Path(path)
-    files = {name: p for name, p in shipped().items() if name.startswith(kinds)}
+    every = shipped()
+    files = {name: p for name, p in every.items() if name.startswith(kinds)}
     bare = {name: name.split("/")[-1] for name in files}
     same = [name for name in files if text in (name, bare[name])]
+    if not same and text in every:
+        raise InputError(f"{text}: cannot stand here, only what is in {' or '.join(kinds)}")
     if len(same) > 1:
         raise InputError(f"{text}: is the name of several; say {' or '.join(same)}")
     near = [name for name in files if Path(text).stem == bare[name]]

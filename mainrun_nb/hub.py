@@ -183,6 +183,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def check_place(folder: Path) -> None:
     "Raise `InputError` where a folder holds anything that an export has not written."
+    if folder == Path.cwd().resolve():  # it would be taken away from under the shell
+        raise InputError(f"{folder}: is the current folder; name one for the export")
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not (folder / MANIFEST).exists():

@@ -88,7 +88,7 @@ def test_nothing_of_the_machine_is_told(own, tmp_path):
     assert "`my titles.csv`" in told and "data.source=FILE" in told
 
 
-def test_what_somebody_has_changed_is_not_lost(own, tmp_path):
+def test_what_somebody_has_changed_is_not_lost(own, tmp_path, monkeypatch):
     out = export_run(own, tmp_path / "out")
     assert export_run(own, out) == out  # nobody has touched it
     for name, text in {"README.md": "mine", "LICENSE": "mine", ".gitattributes": "mine"}.items():
@@ -105,7 +105,11 @@ def test_what_somebody_has_changed_is_not_lost(own, tmp_path):
                          }.items():
         with pytest.raises(InputError, match=words):
             export_run(own, tmp_path / place)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "out", "thesis"]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(InputError, match="is the current folder"):
+        export_run(own, ".")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "here", "out", "thesis"]
 
 
 def test_a_disk_that_fills_up_leaves_the_earlier_export(own, tmp_path, monkeypatch):

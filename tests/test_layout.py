@@ -62,6 +62,7 @@ INTERFACE = {
     "trainer": {"train", "RunResult"},
     "sweep": {"run_sweep", "Leaderboard"},
     "report": {"make_report"},
+    "hub": {"export_run", "load_exported"},
 }
 FUNCTION, CELL, CLASS, MODULE = 25, 30, 140, 600  # lines
 
@@ -568,7 +569,7 @@ def used() -> set[tuple[str, str]]:
         whole = ast.Module([n for _, parsed in cell_trees(path) for n in parsed.body], [])
         found |= {use for use in own_uses(whole) if use[0] != module_name(path)}
     scripts = [p for folder in ("tests", "benchmarks", ".github/scripts", "sweeps") for p in sorted((ROOT / folder).rglob("*.py"))]
-    texts = [p.read_text(encoding="utf-8") for p in scripts]
+    texts = [p.read_text(encoding="utf-8") for p in [*scripts, PACKAGE / "__main__.py"]]
     texts += re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
     for text in texts:
         found |= set(own_uses(ast.parse(text)))

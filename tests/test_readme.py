@@ -19,6 +19,7 @@ ELSEWHERE = {
     "make lab": "tests/test_lab.py opens it in a browser",
     "make quickstart": "has a test of its own below",
     "pip install mainrun_nb-0.2.0-py3-none-any.whl": "tests/test_packaging.py installs the wheel",
+    "mainrun-configs --copy sweeps": "tests/test_packaging.py copies them; in a checkout they are there",
     'pip install "mainrun_nb @ git+https://HOST/OWNER/NAME"': "the same from an address that only its owner knows",
 }
 
