@@ -182,7 +182,7 @@ def read_run(folder: Path) -> Run:
 # %% ../nbs/29b_compare.ipynb #dc237d6e
 def trial_runs(sweep: Path) -> list[Run]:
     "The trials of a sweep's folder as runs."
-    faults = ["base.yaml: is missing"] * (not (sweep / "base.yaml").exists())
+    faults = [f"{name}: is missing" for name in ("sweep.json", "base.yaml") if not (sweep / name).exists()]
     base, found = read_settings(sweep / "base.yaml", faults), []
     for folder in sorted(p for p in sweep.glob("trial-*") if p.is_dir()):
         run = read_run(folder / "run")
