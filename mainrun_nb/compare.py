@@ -146,11 +146,18 @@ def read_settings(path: Path, faults: list[str]) -> dict[str, Any]:
     return {}
 
 # %% ../nbs/29b_compare.ipynb #73c853a1
+NO_RESULT = "result.json: is missing, though the run has ended"
+
+
 def mixed(folder: Path, run: Run) -> list[str]:
     "What in a run's folder is another run's, and what a finished run has written and is not there, or otherwise."
     found, said = [f"{file}: {why}" for file, why in compare(folder, collect(folder)).strangers.items()], run.result.get("files")
     if run.status == "finished" and not run.last("run_finished"):
         found.append("metrics.jsonl: " + ("ends before the run did" if run.events else "holds nothing of the run"))
+    if run.last("run_finished") and not (folder / "result.json").exists():
+        found.append(NO_RESULT)
+    if run.last("hyperparameters_configured") and not (folder / "config.yaml").exists():
+        found.append("config.yaml: is missing")
     for name, digest in said.items() if isinstance(said, dict) else ():
         with suppress(OSError):
             if Path(name).name == name and not ((folder / name).exists() and file_digest(folder / name) == digest):
@@ -175,7 +182,7 @@ def read_run(folder: Path) -> Run:
 # %% ../nbs/29b_compare.ipynb #dc237d6e
 def trial_runs(sweep: Path) -> list[Run]:
     "The trials of a sweep's folder as runs."
-    faults: list[str] = []
+    faults = [f"{name}: is missing" for name in ("sweep.json", "base.yaml") if not (sweep / name).exists()]
     base, found = read_settings(sweep / "base.yaml", faults), []
     for folder in sorted(p for p in sweep.glob("trial-*") if p.is_dir()):
         run = read_run(folder / "run")
@@ -188,6 +195,8 @@ def trial_runs(sweep: Path) -> list[Run]:
         status = record.get("status")
         if isinstance(status, str) and status != "running":
             run.status, run.error = "finished" if status == "complete" else status, str(record.get("error") or "")
+        if run.status == "finished" and not (folder / "run" / "result.json").exists() and NO_RESULT not in run.faults:
+            run.faults.append(NO_RESULT)
         run.faults += faults
         faults = []
         found.append(run)
