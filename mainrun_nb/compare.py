@@ -145,10 +145,10 @@ def read_settings(path: Path, faults: list[str]) -> dict[str, Any]:
         faults.append(str(e).replace(str(path), path.name))
     return {}
 
-# %% ../nbs/29b_compare.ipynb #73c853a1
+# %% ../nbs/29b_compare.ipynb #1b7ad32d
 NO_RESULT = "result.json: is missing, though the run has ended"
 
-
+# %% ../nbs/29b_compare.ipynb #73c853a1
 def mixed(folder: Path, run: Run) -> list[str]:
     "What in a run's folder is another run's, and what a finished run has written and is not there, or otherwise."
     found, said = [f"{file}: {why}" for file, why in compare(folder, collect(folder)).strangers.items()], run.result.get("files")

@@ -437,7 +437,7 @@ def work_of(cfg: Config, vocab_size: int, parts: int, until: float) -> tuple[int
     "What an update from so many micro-batches has to do. Raises `TooLong` when the time is over."
     hp = cfg.hyperparams
     rows = hp.batch_size // hp.grad_accum * parts
-    with FakeTensorMode(), torch.device("cpu"), Deadline(until):
+    with signals_later() as waiting, FakeTensorMode(), CPU, Deadline(until, waiting):
         model = build_model(cfg, vocab_size).train()
         optimizer, ema = build_optimizer(model, hp), EMA(model, hp.ema) if hp.ema else None
         x, y = (torch.zeros(rows, hp.context_length, dtype=torch.long) for _ in range(2))
