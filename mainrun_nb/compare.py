@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from .check import other_base
 from .checkpoint import collect, compare, file_digest, read_sealed
 from .config import Config, InputError, flatten, load_config
 from .page import Picture, aligned, curve_row, spread, thinned
@@ -180,9 +181,18 @@ def read_run(folder: Path) -> Run:
     return run
 
 # %% ../nbs/29b_compare.ipynb #dc237d6e
+def sweep_faults(sweep: Path) -> list[str]:
+    "What a sweep's folder lacks, or has of another sweep."
+    found = [f"{name}: is missing" for name in ("sweep.json", "base.yaml") if not (sweep / name).exists()]
+    with suppress(InputError, RecursionError, TypeError, AttributeError):  # what cannot be read is said elsewhere
+        differ = other_base(sweep / "base.yaml", read_object(sweep / "sweep.json", []))
+        found += [f"base.yaml: is not the configuration in sweep.json: {d}" for d in differ[:1]]
+    return found
+
+
 def trial_runs(sweep: Path) -> list[Run]:
     "The trials of a sweep's folder as runs."
-    faults = [f"{name}: is missing" for name in ("sweep.json", "base.yaml") if not (sweep / name).exists()]
+    faults = sweep_faults(sweep)
     base, found = read_settings(sweep / "base.yaml", faults), []
     for folder in sorted(p for p in sweep.glob("trial-*") if p.is_dir()):
         run = read_run(folder / "run")

@@ -69,7 +69,7 @@ def content(where: Path, done: Done, name: str) -> object:
         return None
     if name.startswith("resume"):
         return board(where / "sweep") if "sweep" in name else timeless(json.loads(done.out))
-    page = [p.read_bytes() for p in where.glob("*/report.html")]
+    page = [p.read_bytes() for p in where.rglob("report.html")]
     return done.out, page, {p.name: p.read_bytes() for p in where.glob("exported/*") if p.is_file()}
 
 
@@ -109,7 +109,7 @@ def check(name: str, file: str, way: str, ground: Ground) -> None:
             check_refusal(done, *named(file))
             return
         warned = any(n in line for line in lines_of(done)[1] for n in named(file)) or any(
-            Path(file).name in page.read_text() for page in where.glob("*/report.html"))
+            Path(file).name in page.read_text() for page in where.rglob("report.html"))
         if name == "resume half a run":
             same_run(where / folder, ground.folder / "run", gaps=file == "metrics.jsonl" and warned)
         elif content(where, done, name) != wanted and not warned:
