@@ -127,8 +127,8 @@ def chunk_gradients(
         if g.dtype == d_head.dtype:
             d_head.addmm_(g.T, h)
         else:
-            for some, part in zip(d_head.split(4096), g.split(4096, 1), strict=True):  # adding in two precisions makes a copy: a small one
-                some += part.T @ h
+            for some, part in zip(d_head.split(1024), g.split(1024, 1), strict=True):  # the copy in float32 is to be a small one
+                some += (part.T @ h).float()
     return loss, d_rows
 
 # %% ../nbs/14_loss.ipynb #af5488b1
