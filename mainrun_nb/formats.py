@@ -291,7 +291,7 @@ def no_such(source: str) -> InputError:
     hint = did_you_mean(source, ["hackernews", "synthetic"])
     hint = hint if "mean" in hint else " Allowed: hackernews, synthetic, hf:OWNER/NAME, or the path of a file or folder, or a pattern."
     named = " (named by HN_TITLES)" if source == os.environ.get("HN_TITLES") else ""
-    return InputError(f"data.source: {shown(source)}{named} does not exist.{hint}")
+    return InputError(f"data.source: {shown(source, 300)}{named} does not exist.{hint}")
 
 # %% ../nbs/01a_formats.ipynb #5bd39516
 def title_files(

@@ -281,7 +281,8 @@ def signals_later() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield waiting
         return
-    old = {s: signal.signal(s, lambda signum, frame: waiting.append(signum)) for s in (signal.SIGINT, signal.SIGTERM)}
+    heard = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not signal.SIG_IGN]  # one may be ignored, as under nohup
+    old = {s: signal.signal(s, lambda signum, frame: waiting.append(signum)) for s in heard}
     try:
         yield waiting
     finally:

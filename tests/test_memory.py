@@ -161,7 +161,14 @@ def test_ctrl_c_is_not_raised_where_pytorch_asks_a_fake_tensor_for_its_device(mo
         return honest(cls, func, types, args, kwargs or {})
 
     monkeypatch.setattr(FakeTensor, "__torch_dispatch__", classmethod(dispatch))
-    with pytest.raises(KeyboardInterrupt):
-        simulate_step(load_config(overrides=ONE), 100)
-    assert asked and not inside
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            simulate_step(load_config(overrides=ONE), 100)
+        assert asked and not inside
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        asked.clear()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        assert simulate_step(load_config(overrides=ONE), 100)[0]["total"] and asked  # an ignored signal stays ignored
+    finally:
+        signal.signal(signal.SIGINT, before)
