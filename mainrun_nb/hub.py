@@ -368,8 +368,9 @@ def finished_run(run_dir: Path) -> tuple[OpenRun, dict[str, Any]]:
         raise InputError(f"{run_dir}: the run is not finished; mainrun-train --out {run_dir} --resume goes on with it") from None
     except (OSError, ValueError) as e:
         raise InputError(f"{run_dir / 'result.json'}: cannot be read ({first_line(e)})") from None
-    if result.get("steps") != run.checkpoint.step:
-        raise InputError(f"{run_dir}: the result is of step {result.get('steps')}, the last checkpoint of step {run.checkpoint.step}")
+    if (steps := result.get("steps")) != run.checkpoint.step:
+        wanted = f"step-{steps:08d}" if isinstance(steps, int) else "that of the result"
+        raise InputError(f"{run_dir}: {wanted} is missing or damaged, the last whole checkpoint is of step {run.checkpoint.step}")
     return run, result
 
 # %% ../nbs/28_hub.ipynb #c24a2db0

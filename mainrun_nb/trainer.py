@@ -250,10 +250,10 @@ def save_samples(run_dir: Path, state: TrainState, tokenizer: Tokenizer, hp: Hyp
 
 
 def add(path: Path, make: Callable[[], None]) -> None:
-    "Make what is nice to have of a finished run: where it cannot be, that is said, and the result stands. Raises `OSError`."
+    "Make what is nice to have of a finished run: where it cannot be, that is said, and the result stands. An error of the disk is raised."
     try:
         make()
-    except OSError:
+    except (OSError, RunError):
         raise  # of the disk, which the result needs too: --resume comes back here
     except Exception as e:
         path.unlink(missing_ok=True)

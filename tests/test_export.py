@@ -26,7 +26,7 @@ KINDS = {
     "rotary": ["model_configs.gpt.position=rope", "model_configs.gpt.norm=rmsnorm", "model_configs.gpt.bias=false", "hyperparams.ema=0.9"],
     "bottleneck": ["attn_configs.causal.intermediate_dim=16", "model_configs.gpt.hidden_layer=64", "model_configs.gpt.tied=false"],
     "sparse": ["model_configs.gpt.attention_layer=sparse", "attn_configs.sparse.n_head=2", "attn_configs.sparse.local_attn_ctx=8",
-               "attn_configs.sparse.sparseblocksize=8", "attn_configs.sparse.vertsize=2", "attn_configs.sparse.num_verts=2"],
+               "attn_configs.sparse.sparseblocksize=8", "attn_configs.sparse.vertsize=2", "attn_configs.sparse.num_verts=1"],
     "sparsek": ["model_configs.gpt.attention_layer=sparsek", "attn_configs.sparsek.n_head=2", "attn_configs.sparsek.k=4",
                 "attn_configs.sparsek.window=8"],
     "unet": ["hyperparams.model_architecture=unet_gpt", "model_configs.unet_gpt.hidden_layer_list=[32,16,32]",

@@ -308,7 +308,9 @@ def test_at_a_terminal_ctrl_c_stops_a_title_and_ctrl_d_ends(spoken):
 
     assert b"Ctrl-D ends" in until(b"> ")
     for typed in (b"Show HN:\n", b"\x1b[A\n"):  # the arrow brings the line before
-        os.write(terminal, b"half a line\x03")  # dropped
+        os.write(terminal, b"half a line")
+        until(b"half a line")  # readline is listening
+        os.write(terminal, b"\x03")  # dropped
         until(b"> ")
         os.write(terminal, typed)
         until(b"Show HN:")  # as it is typed

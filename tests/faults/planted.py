@@ -59,7 +59,7 @@ PLANTS = [
     Plant("random state not restored", M + "trainer:TrainState.load", "set_rng_state(", "str(", "writes", "a resumed run", ("EINVAL",)),
     Plant("an unreadable tokenizer read", M + "tokenizer:load_tokenizer", "raise InputError", "raise ValueError", "damage",
           "evaluate", ("tokenizer", "truncated")),
-    Plant("an error with its traceback", M + "cli:outcome_of", "InputError | RunError", "InputError", "writes",
+    Plant("an error with its traceback", M + "console:outcome_of", "InputError | RunError", "InputError", "writes",
           "a resumed run", ("ENOSPC", "write"), 6),
-    Plant("a key that is shown", M + "config:scrubbed", "return _keys", "return text or _keys", "configs", "", (), 200),
+    Plant("a key that is shown", M + "messages:scrubbed", "return _keys", "return text or _keys", "configs", "", (), 200),
 ]
