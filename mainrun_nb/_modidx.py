@@ -188,6 +188,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'mainrun_nb.compare.setting_text': ('compare.html#setting_text', 'mainrun_nb/compare.py'),
                                     'mainrun_nb.compare.sweep_faults': ('compare.html#sweep_faults', 'mainrun_nb/compare.py'),
                                     'mainrun_nb.compare.titles_text': ('compare.html#titles_text', 'mainrun_nb/compare.py'),
+                                    'mainrun_nb.compare.trial_faults': ('compare.html#trial_faults', 'mainrun_nb/compare.py'),
                                     'mainrun_nb.compare.trial_runs': ('compare.html#trial_runs', 'mainrun_nb/compare.py'),
                                     'mainrun_nb.compare.varying': ('compare.html#varying', 'mainrun_nb/compare.py')},
             'mainrun_nb.config': { 'mainrun_nb.config.AttnConfigs': ('config.html#attnconfigs', 'mainrun_nb/config.py'),

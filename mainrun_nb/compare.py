@@ -190,14 +190,23 @@ def sweep_faults(sweep: Path) -> list[str]:
     return found
 
 
+def trial_faults(record: dict[str, Any], folder: Path, sweep: Any) -> list[str]:
+    "What is wrong with the record of a trial in the folder of the sweep with this id; nothing where it is from before there were ids."
+    if not (folder / "trial.json").exists():
+        return ["trial.json: is missing"]
+    elsewhere = sweep and record.get("sweep") not in (None, "", sweep)
+    number = str(record.get("number", folder.name[6:]))
+    return ["trial.json: is of another trial or sweep"] * bool(elsewhere or folder.name != f"trial-{number:0>4}")
+
+# %% ../nbs/29b_compare.ipynb #6e70c53f
 def trial_runs(sweep: Path) -> list[Run]:
     "The trials of a sweep's folder as runs."
-    faults = sweep_faults(sweep)
+    faults, own = sweep_faults(sweep), read_object(sweep / "sweep.json", []).get("sweep")
     base, found = read_settings(sweep / "base.yaml", faults), []
     for folder in sorted(p for p in sweep.glob("trial-*") if p.is_dir()):
         run = read_run(folder / "run")
         record = read_object(folder / "trial.json", run.faults)
-        run.faults += ["trial.json: is missing"] * (not (folder / "trial.json").exists())
+        run.faults += trial_faults(record, folder, own)
         run.name, run.sweep = f"{sweep.name}/{folder.name}", sweep
         run.varied = record["params"] if isinstance(record.get("params"), dict) else {}
         if not run.events:

@@ -365,7 +365,7 @@ def finished_run(run_dir: Path) -> tuple[OpenRun, dict[str, Any]]:
     try:
         result = read_sealed(run_dir / "result.json")
     except FileNotFoundError:
-        raise InputError(f"{run_dir}: the run is not finished; mainrun-train --out {run_dir} --resume goes on with it") from None
+        raise InputError(f"{run_dir}: the run is not finished (no result.json); mainrun-train --out {run_dir} --resume goes on") from None
     except (OSError, ValueError) as e:
         raise InputError(f"{run_dir / 'result.json'}: cannot be read ({first_line(e)})") from None
     if (steps := result.get("steps")) != run.checkpoint.step:
