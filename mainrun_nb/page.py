@@ -75,7 +75,7 @@ class Picture:
 def beside(pictures: list[Picture], columns: int = 3) -> Picture:
     "Several pictures as one, for a notebook."
     width = 220 if len(pictures) > 1 else 500
-    panels = [{**p.spec, "title": p.title, "width": width, "height": 150} for p in pictures]
+    panels = [{**p.spec, "title": p.title, "width": width, "height": min(150, p.spec.get("height", 150))} for p in pictures]
     spec = {"concat": panels or [{"data": {"values": []}, "mark": "point"}], "columns": columns}
     return Picture("", spec, "; ".join(p.alt for p in pictures))
 
