@@ -80,16 +80,16 @@ def keep_mask(
     p: float,  # probability of False, met to 1 / 65536
     device: torch.device,
 ) -> Tensor:
-    "Independent coins, True with probability 1 - p. On a CPU, four for each draw of PyTorch's generator."
+    "An independent dropout mask, True (kept) with probability 1 - p. On a CPU, four entries for each draw of PyTorch's generator."
     if device.type != "cpu":
         return torch.rand(shape, device=device) >= p
     n = math.prod(shape)
-    coins = torch.empty(-(-n // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:n]  # -32768 .. 32767
-    return (coins >= min(round(65536 * p), 65535) - 32768).view(shape)
+    drawn = torch.empty(-(-n // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:n]  # -32768 .. 32767
+    return (drawn >= min(round(65536 * p), 65535) - 32768).view(shape)
 
 
 def _struck(x: Tensor, p: float) -> Tensor:
-    "0 with probability `p`, otherwise x. As a byte of 0 or 1 the coin multiplies five times as fast as PyTorch selects by a bool."
+    "0 with probability `p`, otherwise x. As a byte of 0 or 1 the mask multiplies five times as fast as PyTorch selects by a bool."
     return x * keep_mask(tuple(x.shape), p, x.device).view(torch.int8)
 
 

@@ -278,7 +278,7 @@ def check_cli(
 @command("run_dir", "folder", examples=["mainrun-export runs/first shared", "mainrun-export runs/first shared --push me/titles"])
 def export_cli(
     run_dir: RunDir,  # folder of a finished run
-    folder: Annotated[str, {"metavar": "DIR"}],  # new, empty, or an earlier export that nobody has changed
+    folder: Annotated[str, {"metavar": "DIR"}],  # new, empty, or an earlier export that is unchanged
     push: Annotated[str | None, {"metavar": "OWNER/NAME"}] = None,  # upload it to the Hugging Face hub; a new repository there is private
 ):
     "Write a run as a folder for others: weights, tokenizer, configuration, and a model card made of its result"

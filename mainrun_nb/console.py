@@ -120,7 +120,7 @@ def product_written() -> Iterator[None]:
         ended = e
     if sys.stdout is not None:
         sys.stdout.flush()
-    if error := getattr(sys.stdout, "error", None):  # swallowed by whoever printed, as argparse does
+    if error := getattr(sys.stdout, "error", None):  # swallowed by the caller, as argparse does
         raise error
     if ended:
         raise ended
@@ -134,7 +134,7 @@ def for_people(prog: str) -> Iterator[None]:
         try:
             with product_written():
                 yield
-        except BrokenPipeError as e:  # whoever read our output has seen enough, as `head` does
+        except BrokenPipeError as e:  # the reader of the output has seen enough, as `head` does
             if isinstance(sys.stdout, Stream) and sys.stdout.error is not e:
                 raise  # another pipe
         except (Exception, KeyboardInterrupt) as e:

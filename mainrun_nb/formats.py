@@ -107,7 +107,7 @@ def need_column(column: str, known: Iterable[str], where: str) -> None:
 # %% ../nbs/01a_formats.ipynb #2a6107c3
 def read_csv(raw: bytes, where: str, data: DataConfig, comma: str = ",") -> Iterator[str]:
     "Comma-separated values with a header line."
-    csv.field_size_limit(LARGEST_FILE)  # its own limit, 128 kB, holds for columns too that nobody asked for
+    csv.field_size_limit(LARGEST_FILE)  # its own limit, 128 kB, holds for columns too that are not read
     rows = csv.reader(io.StringIO(as_text(raw, where, data.encoding), newline=""), delimiter=comma, strict=True)
     try:
         if not (header := next(filter(None, rows), [])):

@@ -399,7 +399,7 @@ def write_export(run: OpenRun, result: dict[str, Any], name: str, repo: str, fol
 # %% ../nbs/28_hub.ipynb #dd119470
 def export_run(
     run_dir: str | Path,  # of a finished run
-    out_dir: str | Path,  # new, empty, or an earlier export that nobody has changed
+    out_dir: str | Path,  # new, empty, or an earlier export that is unchanged
     repo: str = "OWNER/NAME",  # where it will lie on the hub, for its model card
 ) -> Path:  # the folder
     "Write a run as a folder for others: weights, tokenizer, configuration, model card. Raises `InputError`, having written nothing."

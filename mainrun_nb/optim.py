@@ -217,9 +217,9 @@ def whole_state(
 
 # %% ../nbs/21_optim.ipynb #43e3eaaa
 def _wsd(t: int, total: int, hp: Hyperparams) -> float:
-    "1, then a descent over the last hp.decay of all steps, warm-up included."
+    "1, then a decay over the last hp.decay of all steps, warm-up included."
     tail = min(hp.decay / (1 - hp.warmup), 1.0) * total
-    x = max(0.0, 1 - (total - t) / tail) if tail else 0.0  # from 0 to 1 over the descent
+    x = max(0.0, 1 - (total - t) / tail) if tail else 0.0  # from 0 to 1 over the decay
     return 1 - (math.sqrt(x) if hp.decay_shape == "sqrt" else x)
 
 

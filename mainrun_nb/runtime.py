@@ -293,7 +293,7 @@ def signals_later() -> Iterator[list[int]]:
 
 # %% ../nbs/20_runtime.ipynb #96719617
 def in_log_file() -> bool:
-    "Whether nobody watches the progress bar as it moves: standard error is no terminal, and there is no notebook."
+    "Whether the progress bar goes to a file: standard error is no terminal, and there is no notebook."
     return not (sys.stderr and sys.stderr.isatty()) and not in_jupyter()
 
 # %% ../nbs/20_runtime.ipynb #ac3d767f
