@@ -63,6 +63,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'mainrun_nb.check.check_sweep': ('check.html#check_sweep', 'mainrun_nb/check.py'),
                                   'mainrun_nb.check.check_trial': ('check.html#check_trial', 'mainrun_nb/check.py'),
                                   'mainrun_nb.check.last_step': ('check.html#last_step', 'mainrun_nb/check.py'),
+                                  'mainrun_nb.check.of_other_sweep': ('check.html#of_other_sweep', 'mainrun_nb/check.py'),
                                   'mainrun_nb.check.other_base': ('check.html#other_base', 'mainrun_nb/check.py'),
                                   'mainrun_nb.check.read_numbered': ('check.html#read_numbered', 'mainrun_nb/check.py'),
                                   'mainrun_nb.check.reading': ('check.html#reading', 'mainrun_nb/check.py')},

@@ -129,11 +129,16 @@ def check_run(run_dir: Path) -> list[Finding]:
     return found if begun or over else [f for f in found if f.state != "missing" or f.file == "config.yaml"]
 
 # %% ../nbs/29_check.ipynb #375a0e29
+def of_other_sweep(trial: dict[str, Any], sweep: str) -> bool:
+    "Whether a trial's record names another sweep than the one with this id; it is empty where that is from before there were ids."
+    return bool(sweep) and trial.get("sweep", sweep) not in ("", sweep)
+
+
 def check_trial(folder: Path, sweep: str = "") -> list[Finding]:
     "The state of a trial's files and of its run's; `sweep`: the id of the sweep that it is in."
     trial: dict[str, Any] = {}
     found, run = [reading("trial.json", lambda: read_numbered(folder / "trial.json", "number", trial))], folder / "run"
-    if sweep and trial.get("sweep", sweep) not in ("", sweep):
+    if of_other_sweep(trial, sweep):
         found[0] = Finding("trial.json", "of another run", f"of sweep {trial['sweep']}, and sweep.json of sweep {sweep}")
     begun = (run / "config.yaml").exists() or run_files(run) or trial.get("status") == "complete"
     inner = check_run(run) if begun else []

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from .check import other_base
+from .check import of_other_sweep, other_base
 from .checkpoint import collect, compare, file_digest, read_sealed
 from .config import Config, InputError, flatten, load_config
 from .page import Picture, aligned, curve_row, spread, thinned
@@ -194,9 +194,8 @@ def trial_faults(record: dict[str, Any], folder: Path, sweep: Any) -> list[str]:
     "What is wrong with the record of a trial in the folder of the sweep with this id; nothing where it is from before there were ids."
     if not (folder / "trial.json").exists():
         return ["trial.json: is missing"]
-    elsewhere = sweep and record.get("sweep") not in (None, "", sweep)
     number = str(record.get("number", folder.name[6:]))
-    return ["trial.json: is of another trial or sweep"] * bool(elsewhere or folder.name != f"trial-{number:0>4}")
+    return ["trial.json: is of another trial or sweep"] * (of_other_sweep(record, sweep) or folder.name != f"trial-{number:0>4}")
 
 # %% ../nbs/29b_compare.ipynb #6e70c53f
 def trial_runs(sweep: Path) -> list[Run]:
