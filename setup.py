@@ -28,7 +28,7 @@ setup(
     packages=[*find_packages(include=["mainrun_nb", "mainrun_nb.*"]), "mainrun_nb.sweeps"],
     package_dir={"mainrun_nb.sweeps": "sweeps"},  # in a wheel; in a checkout, editable or not, the folder is found where it is
     package_data={"mainrun_nb": ["py.typed", "static/*"],
-                  "mainrun_nb.sweeps": ["base/*.yaml", "search/*.yaml", "sota/*.yaml", "trial.ipynb", "report.ipynb"]},
+                  "mainrun_nb.sweeps": ["base/*.yaml", "search/*.yaml", "assessed/*.yaml", "sota/*.yaml", "trial.ipynb", "report.ipynb"]},
     install_requires=lines("requirements"),
     extras_require=extras,
     entry_points={"console_scripts": lines("console_scripts"), "nbdev": ["mainrun_nb = mainrun_nb._modidx:d"]},

@@ -107,7 +107,7 @@ class Dropout(nn.Dropout):
         return dropout(x, self.p if self.training else 0.0)
 
 # %% ../nbs/10_attention.ipynb #dc86b405
-LONG = 512  # tokens; beyond this the table of a bfloat16 row costs more than the slow kernel
+LONG = 512  # tokens; beyond this the scores of a bfloat16 row cost more than the slow kernel
 
 # %% ../nbs/10_attention.ipynb #445164b7
 def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -21,9 +21,6 @@ from . import __version__, moved
 from .config import InputError, did_you_mean, find_file, load_config, shipped, visible
 from .console import COMMANDS, command, for_people, guard_notebook, guard_streams, needed, tell  # noqa: F401  for scripts
 
-# %% ../nbs/34_cli.ipynb #bfa1eac5
-__getattr__ = moved("cli")  # evaluate_run, gpu_report
-
 # %% ../nbs/34_cli.ipynb #29de3c26
 Settings = Annotated[str, {"metavar": "section.key=value"}]
 ConfigName = Annotated[str | None, {"metavar": "NAME|FILE"}]
@@ -357,3 +354,6 @@ def about_cli(
     from argcomplete import shellcode
 
     print(shellcode([name for name in COMMANDS if name.startswith("mainrun-")], shell=completion))
+
+# %% ../nbs/34_cli.ipynb #bfa1eac5
+__getattr__ = moved("cli")  # evaluate_run, gpu_report

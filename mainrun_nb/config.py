@@ -147,7 +147,7 @@ class Hyperparams:
     momentum: float = between(0, 1, 0.0)  # of sgd and rmsprop
     muon_momentum: float = between(0, 1, 0.95)
     adamw_lr: float = positive(3e-4)  # with muon: the learning rate of everything that is not a hidden matrix
-    adamw_weight_decay: float = at_least(0, 0.01)  # with muon: weight decay of the tables and an untied head
+    adamw_weight_decay: float = at_least(0, 0.01)  # with muon: weight decay of the embeddings and an untied head
     grad_clip: float = at_least(0, 1.0)  # largest gradient norm; 0 is off
     grad_accum: int = positive(1)  # micro-batches that a step's batch is cut into: less memory, the same gradient but for dropout's draws
     r_drop: float = at_least(0, 0.0)  # weight of R-Drop's symmetric KL; 0 is off
@@ -508,14 +508,14 @@ def shipped() -> dict[str, Path]:
     package, found = Path(mainrun_nb.__file__).parent, {}  # type: Path, dict[str, Path]
     inside = package / "sweeps"  # of a wheel; a checkout has the folder beside the package
     for home in (Path("sweeps"), inside if inside.is_dir() else package.parent / "sweeps"):
-        yaml_files = {f"{kind}/{p.stem}": p for kind in ("base", "search", "sota") for p in home.glob(f"{kind}/*.yaml")}
+        yaml_files = {f"{kind}/{p.stem}": p for kind in ("base", "search", "sota", "assessed") for p in home.glob(f"{kind}/*.yaml")}
         found = {**yaml_files, **{p.name: p for p in home.glob("*.ipynb")}, **found}
     return dict(sorted(found.items()))
 
 # %% ../nbs/00a_config.ipynb #3e076775
 def find_file(
     path: str | Path,  # of a file, or the name of a shipped one, bare where only one of these kinds has it
-    *kinds: str,  # base, search, sota
+    *kinds: str,  # base, search, sota, assessed
 ) -> Path:
     "The file that is meant. Raises `InputError` for a name that none has, or several have."
     text = str(path)
@@ -568,7 +568,7 @@ def config_yaml(cfg: Config) -> str:
 
 
 def save_config(cfg: Config, path: str | Path) -> None:
-    "Write every field of `cfg` as YAML; `load_config(path)` gives the same `Config` back. Runs keep theirs by `atomic_write` (chapter 02)."
+    "Write every field of `cfg` as YAML; `load_config(path)` gives the same `Config` back. Runs keep theirs by `atomic_write` (chapter 00b)."
     Path(path).write_text(config_yaml(cfg), encoding="utf-8")
 
 

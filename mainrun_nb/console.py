@@ -194,7 +194,7 @@ def words_for(prefix: str, action: Any, **rest: Any) -> Iterable[str]:
     "What may stand for an argument that begins with `prefix`."
     from argcomplete.completers import DirectoriesCompleter, FilesCompleter
 
-    kinds: Any = {"config": ("base", "sota"), "search": ("search",), "name": ("",)}
+    kinds: Any = {"config": ("base", "sota"), "search": ("search", "assessed"), "name": ("",)}
     if action.dest in kinds:
         names = [name for name in shipped() if name.startswith(kinds[action.dest])]
         return [*names, *(name.split("/")[-1] for name in names), *FilesCompleter(("yaml", "yml"))(prefix)]

@@ -196,7 +196,7 @@ def read_search(
     base: Config,  # what it varies
 ) -> Search:
     "Read and check a search file. Raises `InputError` for anything that is not understood."
-    raw = read_yaml(find_file(path, "search"))
+    raw = read_yaml(find_file(path, "search", "assessed"))
     try:
         keys = read_keys(raw, SEARCH)
         metric = read_keys(keys["metric"], METRIC, "metric")

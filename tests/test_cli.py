@@ -14,7 +14,7 @@ from mainrun_nb.trainer import make_plan, prepare_data
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = str(ROOT / "sweeps/base/quickstart.yaml")
-SEARCH = str(ROOT / "sweeps/search/batch_size.yaml")
+SEARCH = str(ROOT / "sweeps/assessed/batch_size.yaml")
 TINY = ["hyperparams.num_titles=1500", "hyperparams.max_steps=12", "hyperparams.batch_size=8", "hyperparams.vocab_size=500",
         "model_configs.gpt.d_model=32", "model_configs.gpt.hidden_layer=32", "model_configs.gpt.n_layer=1"]
 

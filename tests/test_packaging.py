@@ -67,7 +67,7 @@ def test_the_wheel_carries_the_package_and_nothing_else(wheel, settings):
     assert tops == {"mainrun_nb", f"mainrun_nb-{settings['version']}.dist-info"}
     static = {f"mainrun_nb/static/{name}" for name in ("card.md", "page.html", "page.css", "page.js")}
     assert {"mainrun_nb/py.typed", *static} <= set(names)
-    carried = {str(p.relative_to(ROOT)) for kind in ("base", "search", "sota") for p in (ROOT / "sweeps" / kind).glob("*.yaml")}
+    carried = {str(p.relative_to(ROOT)) for kind in ("base", "search", "assessed", "sota") for p in (ROOT / "sweeps" / kind).glob("*.yaml")}
     carried |= {"sweeps/trial.ipynb", "sweeps/report.ipynb"}
     assert {n.removeprefix("mainrun_nb/") for n in names if n.startswith("mainrun_nb/sweeps/")} == carried
     assert any(n.endswith("licenses/LICENSE") for n in names)

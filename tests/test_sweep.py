@@ -658,14 +658,14 @@ SEARCHES = {"batch_size": "baseline", "gpt": "gpt", "unet": "unet", "sparse": "s
 
 
 def test_the_seven_iterations_are_there():
-    assert {p.stem for p in (ROOT / "sweeps" / "search").glob("*.yaml")} >= set(SEARCHES)
+    assert {p.stem for p in (ROOT / "sweeps" / "assessed").glob("*.yaml")} == set(SEARCHES)
 
 
 @pytest.mark.parametrize("name", SEARCHES)
 def test_shipped_searches_read_and_start(name, monkeypatch):
     """Every search names its base in its header, and its first points could run on a large machine."""
     monkeypatch.setenv("HN_TITLES", "titles.txt")
-    path, base = ROOT / "sweeps" / "search" / f"{name}.yaml", ROOT / "sweeps" / "base" / f"{SEARCHES[name]}.yaml"
+    path, base = ROOT / "sweeps" / "assessed" / f"{name}.yaml", ROOT / "sweeps" / "base" / f"{SEARCHES[name]}.yaml"
     text = path.read_text()
     assert text.startswith("#") and f"sweeps/base/{base.name}" in text and "coverage" in text
     search = read_search(path, load_config(base))
@@ -681,7 +681,7 @@ def test_shipped_searches_read_and_start(name, monkeypatch):
 def test_every_value_of_a_shipped_search_can_run(name, monkeypatch):
     """Each value of each dimension, beside the first values of the others; and forty random points."""
     monkeypatch.setenv("HN_TITLES", "titles.txt")
-    path, base = ROOT / "sweeps" / "search" / f"{name}.yaml", ROOT / "sweeps" / "base" / f"{SEARCHES[name]}.yaml"
+    path, base = ROOT / "sweeps" / "assessed" / f"{name}.yaml", ROOT / "sweeps" / "base" / f"{SEARCHES[name]}.yaml"
     search = read_search(path, load_config(base))
     points = [random_point(search, i, 1) for i in range(40)]
     points += [{**{e.key: e.values[0] for e in search.dimensions}, d.key: v} for d in search.dimensions for v in d.values]
