@@ -568,7 +568,7 @@ def config_yaml(cfg: Config) -> str:
 
 
 def save_config(cfg: Config, path: str | Path) -> None:
-    "Write every field of `cfg` as YAML; `load_config(path)` gives the same `Config` back. Runs keep theirs by `atomic_write` (chapter 00b)."
+    "Write every field of `cfg` as YAML; `load_config(path)` gives the same `Config` back. Runs use `atomic_write` (chapter 00b)."
     Path(path).write_text(config_yaml(cfg), encoding="utf-8")
 
 
