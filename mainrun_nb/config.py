@@ -510,7 +510,7 @@ def shipped() -> dict[str, Path]:
     for home in (Path("sweeps"), inside if inside.is_dir() else package.parent / "sweeps"):
         yaml_files = {f"{kind}/{p.stem}": p for kind in ("base", "search", "sota", "assessed") for p in home.glob(f"{kind}/*.yaml")}
         found = {**yaml_files, **{p.name: p for p in home.glob("*.ipynb")}, **found}
-    return dict(sorted(found.items()))
+    return dict(sorted(found.items(), key=lambda item: (item[0].startswith("assessed/"), item[0])))  # the appendix's last
 
 # %% ../nbs/00a_config.ipynb #3e076775
 def find_file(

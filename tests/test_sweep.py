@@ -17,7 +17,7 @@ import yaml
 
 from mainrun_nb import sweep as sw
 from mainrun_nb import trials as tr
-from mainrun_nb.config import InputError, RunError, config_yaml, load_config
+from mainrun_nb.config import InputError, RunError, config_yaml, find_file, flatten, load_config
 from mainrun_nb.memory import estimate_memory
 from mainrun_nb.search import evaluations, grid_points, override, random_point, read_board, read_search, read_trials
 from mainrun_nb.sweep import examine, promote, run_sweep
@@ -674,6 +674,30 @@ def test_shipped_searches_read_and_start(name, monkeypatch):
     for point in points[:: max(1, len(points) // 4)]:
         found = examine(base, [override(k, v) for k, v in point.items()], jobs=0)
         assert found == ("running", ""), (point, found)
+
+
+WORTH = {"tune": "sota/small", "seeds": "sota/small", "own": "quickstart"}  # search: the base that its header names
+
+
+@pytest.mark.parametrize("name", WORTH)
+def test_searches_worth_running_go_by_name_and_hold_what_their_base_says(name, monkeypatch):
+    monkeypatch.setenv("HN_TITLES", "titles.txt")
+    base, text = find_file(WORTH[name], "base", "sota"), find_file(f"search/{name}", "search").read_text()
+    assert text.startswith("#") and f"--config {WORTH[name]} " in text and f"mainrun-sweep search/{name} " in text
+    search, settings = read_search(f"search/{name}", load_config(base)), flatten(load_config(base))
+    for d in search.dimensions:  # what the base says is among the values, or between the ends
+        own = settings[d.key]
+        assert d.key == "hyperparams.seed" or (own in d.values if d.values else d.draw(0.01) < own < d.draw(0.99)), d.key
+    assert examine(base, [override(k, v) for k, v in random_point(search, 0, 0).items()], jobs=0) == ("running", "")
+
+
+def test_an_assessed_search_is_found_under_its_old_name():
+    """They lay in sweeps/search/ once: the bare name works as before, a path is answered with where it is now."""
+    assert find_file("batch_size", "search", "assessed").parent.name == "assessed"
+    assert {p.stem for p in (ROOT / "sweeps" / "search").glob("*.yaml")} == set(WORTH)
+    for old in ("search/batch_size", "sweeps/search/batch_size.yaml"):
+        with pytest.raises(InputError, match="Did you mean 'assessed/batch_size'"):
+            read_search(old, load_config())
 
 
 @pytest.mark.slow
