@@ -42,7 +42,7 @@ def bare(line: str) -> str:
 DOOR = 'PATH="$PWD/.venv/bin:$PATH"'  # whoever installed a wheel has the commands on the path
 # What makes a long command a short one, appended to it.
 SHORT = "hyperparams.num_titles=2000 hyperparams.max_steps=4 hyperparams.batch_size=16"
-SHORTER = {"mainrun-train": "--test", "mainrun-sweep": f"{SHORT} --fast", "papermill": f"-p overrides '{SHORT}'",
+SHORTER = {"mainrun-train": "--test", "mainrun-sweep": f"{SHORT} --fast --trials 4", "papermill": f"-p overrides '{SHORT}'",
            "mainrun-eda": "hyperparams.num_titles=2000"}
 
 
