@@ -73,25 +73,16 @@ def screen() -> Study:
     "small.yaml, and one change at a time."
     return of_small(PROXY, {
         "small": [], "vocab-8k": ["hyperparams.vocab_size=8000"], "unigram": ["tokenizer.kind=unigram"],
-        "unigram-8k": ["tokenizer.kind=unigram", "hyperparams.vocab_size=8000"],
-        "wsd": ["hyperparams.scheduler=wsd"], "no-dropout": ["model_configs.gpt.dropout=0"],
-        "lr-2.0e-2": ["hyperparams.lr=2.0e-2"], "adamw-lr-5.0e-3": ["hyperparams.adamw_lr=5.0e-3"],
-        "batch-8": ["hyperparams.batch_size=8"], "swiglu": ["model_configs.gpt.activation_function=swiglu"],
-        "no-mask": ["hyperparams.title_mask=false"], "learned-positions": ["model_configs.gpt.position=learned"],
-        "lr-5.0e-3": ["hyperparams.lr=5.0e-3"], "gate": ["model_configs.gpt.output_gate=true"],
+        "wsd": ["hyperparams.scheduler=wsd"], "lr-2.0e-2": ["hyperparams.lr=2.0e-2"], "adamw-lr-5.0e-3": ["hyperparams.adamw_lr=5.0e-3"],
     })
 
 
 def screen2() -> Study:
     "The three largest gains of `screen` together, and again one change at a time."
     three = ["tokenizer.kind=unigram", "hyperparams.scheduler=wsd", "hyperparams.adamw_lr=5.0e-3"]
-    gpt = "model_configs.gpt"
     return of_small([*PROXY, *three], {
         "three": [], "adamw-lr-1.0e-2": ["hyperparams.adamw_lr=1.0e-2"], "lr-2.0e-2": ["hyperparams.lr=2.0e-2"],
-        "swiglu": [f"{gpt}.activation_function=swiglu"], "batch-8": ["hyperparams.batch_size=8"], "decay-0.3": ["hyperparams.decay=0.3"],
-        "no-dropout": [f"{gpt}.dropout=0"], "weight-decay": ["hyperparams.weight_decay=0.1"], "gate": [f"{gpt}.output_gate=true"],
-        "deep": [f"{gpt}.n_layer=6", f"{gpt}.hidden_layer=156"], "layer-scale": [f"{gpt}.layer_scale=0.1"],
-        "rmsnorm": [f"{gpt}.norm=rmsnorm", f"{gpt}.bias=false"],
+        "decay-0.3": ["hyperparams.decay=0.3"],
     })
 
 

@@ -125,6 +125,8 @@ def init_weights(
                     module.weight.mul_(residual_factor)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
+        if name.rpartition(".")[2] == "expand":  # its products are as large as what it multiplies
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
 
 # %% ../nbs/15_gpt.ipynb #d437fd4f
 CASE_WIDTH = 64  # of the layer in which state and piece meet
@@ -187,13 +189,38 @@ def case_loss(
         loss = loss + r_drop / 2 * (weight * (p.exp() - q.exp()) * (p - q)).sum()
     return loss / counted.sum()
 
+# %% ../nbs/15_gpt.ipynb #6b869832
+class AdaptiveEmbedding(nn.Module):
+    "A vector per id: its own for those below `cutoff`, a shared matrix times its `rank` numbers for the others: (...) to (..., width)."
+
+    def __init__(self, vocab_size: int, width: int, cutoff: int, rank: int) -> None:
+        super().__init__()
+        self.num_embeddings = vocab_size
+        self.common, self.rare = nn.Embedding(cutoff, width), nn.Embedding(vocab_size - cutoff, rank)
+        self.expand = nn.Linear(rank, width, bias=False)
+
+    @property
+    def weight(self) -> Tensor:
+        "The vectors of all ids: (V, width)."
+        return torch.cat([self.common.weight, self.expand(self.rare.weight).to(self.common.weight.dtype)])
+
+    def forward(self, idx: Tensor) -> Tensor:
+        return F.embedding(idx, self.weight)
+
+
+def token_embedding(vocab_size: int, cfg: GPTConfig) -> nn.Embedding | AdaptiveEmbedding:
+    "The vectors of the ids, all of them alike where none lies beyond the cutoff."
+    if 0 < cfg.embedding_cutoff < vocab_size:
+        return AdaptiveEmbedding(vocab_size, cfg.d_model, cfg.embedding_cutoff, cfg.embedding_rank)
+    return nn.Embedding(vocab_size, cfg.d_model)
+
 # %% ../nbs/15_gpt.ipynb #8a316c22
 class Embedding(nn.Module):
     "Token vectors, plus a learned vector per position, projected to the width of the first block: (B, T) to (B, T, width)."
 
     def __init__(self, vocab_size: int, context_length: int, cfg: GPTConfig, width: int, cased: bool = False) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(vocab_size, cfg.d_model)
+        self.tokens = token_embedding(vocab_size, cfg)
         self.cases = nn.Embedding(N_CASES, cfg.d_model) if cased else None
         self.positions = nn.Embedding(context_length, cfg.d_model) if cfg.position == "learned" else None
         self.dropout = Dropout(cfg.dropout)
@@ -365,6 +392,14 @@ def parameter_table(
         table[part] = table.get(part, 0) + p.numel()
     return {**table, "total": sum(table.values())}
 
+# %% ../nbs/15_gpt.ipynb #e5b1a8c4
+def embedding_size(cfg: GPTConfig, vocab_size: int) -> int:
+    "Parameters of `token_embedding`."
+    common, rank = cfg.embedding_cutoff, cfg.embedding_rank
+    if not 0 < common < vocab_size:
+        return vocab_size * cfg.d_model
+    return common * cfg.d_model + (vocab_size - common) * rank + rank * cfg.d_model
+
 # %% ../nbs/15_gpt.ipynb #e4ba3349
 def parameter_formula(
     cfg: GPTConfig,
@@ -382,7 +417,7 @@ def parameter_formula(
     head = {w: attn_cfg.intermediate_dim or w for w in ws}
     scorer = sum(w * attn_cfg.n_head + attn_cfg.n_head for w in ws) if isinstance(attn_cfg, SparseKAttnConfig) else 0
     table = {
-        "embedding": vocab_size * d, "positions": context_length * d if cfg.position == "learned" else 0,
+        "embedding": embedding_size(cfg, vocab_size), "positions": context_length * d if cfg.position == "learned" else 0,
         "case": cased * (N_CASES * (d + 1) + CASE_WIDTH * (2 * d + 1 + N_CASES)),
         "attention": sum(line(w, 3 * head[w]) + line(head[w], w) + cfg.output_gate * line(w, attn_cfg.n_head) for w in ws),
         "scorer": scorer, "mlp": sum(line(w, inner[w] * (1 + gated)) + line(inner[w], w) for w in ws),

@@ -23,16 +23,16 @@ from torch.optim import Optimizer
 
 from .config import Hyperparams, InputError, check_name, register_name
 from .data import UNCOUNTED
-from .gpt import CaseHead
+from .gpt import AdaptiveEmbedding, CaseHead
 
 # %% ../nbs/21_optim.ipynb #27227a57
 def parameter_groups(
     model: nn.Module,
 ) -> dict[str, list[nn.Parameter]]:  # kind -> parameters; each trainable one is in exactly one list
-    "The trainable parameters of `model` by kind: `matrices` (hidden), `head` (of the ids if untied; of the case), `tables`, `vectors`."
+    "The trainable parameters by kind: `matrices` (hidden), `head` (untied, or of case or rare ids), `tables` (embeddings), `vectors`."
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     heads = {id(w) for m in model.modules() if isinstance(w := getattr(m, "head_weight", None), nn.Parameter)}
-    heads |= {id(w) for m in model.modules() if isinstance(m, CaseHead) for w in m.parameters() if w.ndim == 2}
+    heads |= {id(w) for m in model.modules() if isinstance(m, AdaptiveEmbedding | CaseHead) for w in m.parameters() if w.ndim == 2}
     groups: dict[str, list[nn.Parameter]] = {"matrices": [], "head": [], "tables": [], "vectors": []}
     for p in model.parameters():
         matrix = p.ndim == 2 and min(p.shape) > 1  # a matrix of one row is a vector

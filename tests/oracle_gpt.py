@@ -192,15 +192,22 @@ class Oracle:
         x = self.residual(x, at, lambda z: self.attention(z, f"{at}.inner", same))
         return self.residual(x, mlp, lambda z: self.linear(self.act(self.linear(z, f"{mlp}.inner.up")), f"{mlp}.inner.out"))
 
+    def vectors(self) -> Tensor:
+        """Of all ids or pieces: (V, d_model)."""
+        if "embed.tokens.weight" in self.weights:
+            return self.w("embed.tokens.weight")
+        rare = self.w("embed.tokens.rare.weight") @ self.w("embed.tokens.expand.weight").T
+        return torch.cat([self.w("embed.tokens.common.weight"), rare])
+
     def features(self, idx: Tensor) -> Tensor:
         """(B, T) to (B, T, d_model)."""
         T, d, last = idx.shape[1], self.m.d_model, self.widths[-1]
         number = (idx == 1).cumsum(1) if self.title_mask else torch.zeros_like(idx)  # <eos>, id 1, opens a title
         same = number[:, :, None] == number[:, None, :]
         if self.pairs is None:
-            x = self.w("embed.tokens.weight")[idx]
+            x = self.vectors()[idx]
         else:
-            x = self.w("embed.tokens.weight")[self.pairs[0][idx]] + self.w("embed.cases.weight")[self.pairs[1][idx]]
+            x = self.vectors()[self.pairs[0][idx]] + self.w("embed.cases.weight")[self.pairs[1][idx]]
         if self.m.position == "learned":
             x = x + self.w("embed.positions.weight")[:T]
         x = x if self.widths[0] == d else self.linear(x, "embed.project")
@@ -217,12 +224,12 @@ class Oracle:
 
     def logits_of(self, hidden: Tensor) -> Tensor:
         """(B, T, d) to (B, T, V). With pairs: the piece's, and the logarithm of p(id | piece), a softmax over its ids."""
-        head = "embed.tokens" if self.m.tied else "head"
-        logits = self.linear(hidden, head, bias=False)
+        head = self.vectors() if self.m.tied else self.w("head.weight")
+        logits = hidden @ head.T
         if self.pairs is None:
             return logits
         piece, case = self.pairs
-        told = self.linear(self.w(f"{head}.weight"), "case_head.of_piece", bias=False)  # (pieces, width)
+        told = self.linear(head, "case_head.of_piece", bias=False)  # (pieces, width)
         x = (self.linear(hidden, "case_head.of_state", bias=True)[..., None, :] + told).to(self.wide)
         x = x * (1 + torch.erf(x / math.sqrt(2))) / 2
         score = self.linear(x, "case_head.classes", bias=True)[..., piece, case].to(self.wide)  # (B, T, V)

@@ -88,6 +88,9 @@ def draw(seed: int) -> tuple[dict, dict]:
                spread=rng.choice([0.7, 1.2, 2.0]), eos=rng.choice([0.0, 0.1, 0.1, 0.4]), leaks=rng.choice(["", "", "train", "amp"]))
     use["pairs"] = pairs_options(rng) if rng.random() < 0.25 else None  # drawn last: the seeds of before stay what they were
     use["vocab"] = len(use["pairs"]) if use["pairs"] else use["vocab"]
+    if rng.random() < 0.25:
+        cutoff, rank = (f"model_configs.{arch}.embedding_{name}" for name in ("cutoff", "rank"))
+        overrides |= {cutoff: rng.randint(1, 40), rank: rng.randint(1, 9)}
     return overrides, use
 
 

@@ -93,6 +93,7 @@ CHOICES: dict[str, list[list[str]]] = {  # each choice is a list of overrides; `
     "position": [["M.position=learned"], ["M.position=rope"]],
     "bias": [["M.bias=true"], ["M.bias=false"]],
     "tied": [["M.tied=true"], ["M.tied=false"]],
+    "cutoff": [["M.embedding_cutoff=0"], ["M.embedding_cutoff=10", "M.embedding_rank=4"]],
     "gate": [["M.output_gate=false"], ["M.output_gate=true"]],
     "scale": [["M.layer_scale=0"], ["M.layer_scale=0.1"]],
     "init": [[f"M.init_method={name}"] for name in ("normal", "xavier", "kaiming", "uniform")],
