@@ -253,6 +253,7 @@ class DataConfig:
     deduplicate: bool = False  # keep the first of titles that are equal letter for letter
     max_chars: int | None = optional_positive()  # cut titles to so many characters
     seed: int = between(0, 2**63, 1337)  # of the shuffle; never varied within a study
+    train_share: float = positive(1.0, 1)  # of the training titles: only the first are trained on; split and tokenizer are those of all
 
     def check(self) -> None:
         "What settings must not say, alone or together. Raises `InputError`."

@@ -4,11 +4,13 @@ import csv
 import importlib.util
 import json
 import math
+import shlex
 
 import numpy as np
 import pytest
 import torch
 
+from mainrun_nb.checkpoint import run_lock
 from mainrun_nb.config import InputError, tiny
 from mainrun_nb.evaluate import attention_distance
 from mainrun_nb.models import build_model
@@ -23,10 +25,18 @@ from mainrun_nb.scaling import (
     noise_scale,
     runs_table,
 )
-from mainrun_nb.trainer import train
+from mainrun_nb.trainer import prepare_data, train
 
 SMALLER = ["hyperparams.vocab_size=300", "hyperparams.num_titles=800", "hyperparams.context_length=16", "hyperparams.batch_size=8",
            "model_configs.gpt.d_model=16", "model_configs.gpt.hidden_layer=16", "model_configs.gpt.n_layer=1"]
+
+
+def benchmark(root, name):
+    """A script of benchmarks/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", root / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.parametrize(("small", "big"), [(1, 2), (2, 64), (0.5, 8)])
@@ -129,15 +139,55 @@ def test_a_ledger_with_unknown_columns_is_refused(tmp_path):
 
 
 def test_the_committed_study_is_what_its_script_says(root):
-    spec = importlib.util.spec_from_file_location("benchmark_scaling", root / "benchmarks" / "scaling.py")
-    study = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(study)
+    study = benchmark(root, "scaling")
     rows = list(csv.DictReader((root / "benchmarks" / "results" / "scaling.csv").open()))
     assert len({(r["width"], r["steps"], r["seed"]) for r in rows}) == len(rows) >= len(study.SIZES) * len(study.SHARES)
     for width, layers, heads in study.SIZES:
         model = build_model(study.configured(width, layers, heads, "data.source=synthetic"), 2000)
         body = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("embed"))
         assert {int(r["n"]) for r in rows if r["width"] == str(width)} == {body}
+
+
+@pytest.fixture
+def repetition(root, tmp_path, monkeypatch):
+    """benchmarks/repetition.py, writing into a folder of its own."""
+    study = benchmark(root, "repetition")
+    monkeypatch.setattr(study, "ROWS", tmp_path / "results" / "repetition.csv")
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    return study
+
+
+def test_a_run_of_the_repetition_study_is_the_one_its_command_makes(repetition, tmp_path):
+    cfg = tiny(*SMALLER, "data.train_share=0.3", "hyperparams.epochs=3", "hyperparams.max_steps=null", "hyperparams.amp_bool=true")
+    run = train(cfg, tmp_path / "a", progress=False)
+    found = repetition.measure(cfg, prepare_data(tiny(*SMALLER)))
+    row, = runs_table(tmp_path)
+    assert found["loss"] == run.loss and (found["n"], found["d"]) == (row["n"], row["d"])
+    assert found["tokens_per_epoch"] == run.metrics["data"]["tokens_per_epoch"] and 2.9 < row["epochs"] <= 3
+
+
+def test_the_repetition_study_is_whole_affordable_and_shared_between_processes(repetition, monkeypatch):
+    runs = repetition.study()
+    names = [run["name"] for run in runs]
+    assert len(set(names)) == len(names) == 50 and sum(run["minutes"] for run in runs) < 170
+    commands = [[part for part in shlex.split(run["command"]) if "sweeps/runs/" not in part] for run in runs]
+    assert len(set(map(tuple, commands))) == 50
+    made = []
+    monkeypatch.setattr(repetition, "measure", lambda cfg, data: made.append(cfg) or {"n": 1, "loss": 1.234567, "cpu_seconds": 60.0})
+    monkeypatch.setattr(repetition, "load_config", lambda path, overrides: overrides)
+    (repetition.ROOT / "sweeps" / "runs" / f"repetition-{names[0]}").mkdir(parents=True)
+    with run_lock(repetition.ROOT / "sweeps" / "runs" / f"repetition-{names[0]}"):  # another process is at the first
+        for run in runs[:2] + runs[:2]:
+            repetition.make(run, None)
+    assert made == [runs[1]["overrides"]] and repetition.done() == {names[1]}
+    repetition.make(runs[0], None)
+    assert [row["loss"] for row in csv.DictReader(repetition.ROWS.open())] == ["1.23457"] * 2 and repetition.done() == set(names[:2])
+
+
+@pytest.mark.parametrize("share", [0, -0.5, 1.5, "half"])
+def test_a_share_that_is_none_is_refused(share):
+    with pytest.raises(InputError, match=r"data\.train_share"):
+        tiny(f"data.train_share={share}")
 
 
 def test_attention_distance_refuses_other_layers():
