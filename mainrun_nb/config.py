@@ -266,8 +266,7 @@ class DataConfig:
         try:
             "".encode(self.encoding)
         except (LookupError, ValueError):
-            known = ["utf-8", "utf-16", "cp1252", "latin-1", "shift_jis", "gb18030", "euc_kr", "koi8_r"]
-            hint = did_you_mean(self.encoding, known)
+            hint = did_you_mean(self.encoding, ["utf-8", "utf-16", "cp1252", "latin-1", "shift_jis", "gb18030", "euc_kr", "koi8_r"])
             raise InputError(f"data.encoding: Python knows no encoding {shown(self.encoding)}.{hint}") from None
 
 # %% ../nbs/00a_config.ipynb #00c2ccba

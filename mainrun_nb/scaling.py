@@ -271,12 +271,12 @@ def compute_optimal(
 
 # %% ../nbs/33_scaling.ipynb #d15bab15
 _COLUMNS = {"n": ("n", "parameters_non_embedding"), "d": ("d", "tokens"), "loss": ("loss", "val/loss"), "name": ("name", "run")}
-_BLANK = (None, "")
 
 
 def _table_row(found: dict[str, Any]) -> dict[str, Any] | None:
-    "One run's row from its named values; None where it has no loss."
-    row: dict[str, Any] = {key: next((found[c] for c in names if found.get(c) not in _BLANK), None) for key, names in _COLUMNS.items()}
+    "One run's row from its named values; None where it has no loss. Raises `InputError` where it has no parameters or no tokens."
+    found = {k: v for k, v in found.items() if v not in (None, "") and v == v}  # without a CSV's gaps and those of pandas, which are NaN
+    row: dict[str, Any] = {key: next((found[c] for c in names if c in found), None) for key, names in _COLUMNS.items()}
     if row["d"] is None and found.get("steps"):
         batch: list[Any] = [found.get(f"hyperparams.{k}") or found.get(k) for k in ("batch_size", "context_length")]
         row["d"] = float(found["steps"]) * float(batch[0]) * float(batch[1]) if all(batch) else None
@@ -288,7 +288,8 @@ def _table_row(found: dict[str, Any]) -> dict[str, Any] | None:
     n, d, loss = (float(row[k]) for k in ("n", "d", "loss"))
     seed, epoch = found.get("seed"), found.get("tokens_per_epoch")
     return {"name": row["name"] or "", "n": n, "d": d, "c": 6 * n * d, "loss": loss,
-            "epochs": d / float(epoch) if epoch else None, "seed": None if seed in _BLANK else int(seed)}
+            "epochs": d / float(epoch) if epoch else None, "tokens_per_epoch": float(epoch) if epoch else None,
+            "seed": None if seed is None else int(seed)}
 
 # %% ../nbs/33_scaling.ipynb #336cca68
 def _folder_values(result: Path) -> dict[str, Any]:
@@ -303,22 +304,31 @@ def _folder_values(result: Path) -> dict[str, Any]:
             "batch_size": hp.batch_size, "context_length": hp.context_length}
 
 # %% ../nbs/33_scaling.ipynb #53496b8b
-def runs_table(
-    source: str | Path,  # a CSV, or a folder with finished runs anywhere below it
-) -> list[dict[str, Any]]:  # a row per run: name, n, d, c, loss, epochs, seed
-    "Parameters, tokens, operations 6ND and loss of finished runs. Raises `InputError` where there are none or a column is missing."
-    source = Path(source)
+def _read_runs(source: Path) -> list[dict[str, Any]]:
+    "The named values of each run in a folder or CSV."
     if source.is_dir():
-        values = [_folder_values(path) for path in sorted(source.rglob("result.json"))]
-    elif source.is_file():
-        with source.open(newline="", encoding="utf-8") as file:
-            values = list(csv.DictReader(file))
-    else:
+        return [_folder_values(path) for path in sorted(source.rglob("result.json"))]
+    if not source.is_file():
         raise InputError(f"{source}: no such file or folder")
-    try:
-        rows = [row for row in map(_table_row, values) if row]
-    except (InputError, ValueError) as e:
-        raise InputError(f"{source}: {e}") from None
+    with source.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def runs_table(
+    source: Any,  # a CSV, a folder with finished runs anywhere below it, a table of pandas, or rows as this function gives them
+) -> list[dict[str, Any]]:  # a row per run: name, n, d, c, loss, epochs, tokens_per_epoch, seed
+    "Parameters, tokens, operations 6ND and loss of finished runs. Raises `InputError` where there are none or a column is missing."
+    where = source if isinstance(source, str | Path) else "table of runs"
+    values = _read_runs(Path(source)) if where is source else source.to_dict("records") if hasattr(source, "to_dict") else list(source)
+    rows: list[dict[str, Any]] = []
+    lacks: InputError | None = None
+    for found in values:
+        try:
+            rows += filter(None, [_table_row(found)])
+        except InputError as e:  # a score without a training, such as the ledger's on other titles
+            lacks = lacks or e
+        except ValueError as e:
+            raise InputError(f"{where}: {e}") from None
     if not rows:
-        raise InputError(f"{source}: no finished run with a loss")
+        raise InputError(f"{where}: {lacks or 'no finished run with a loss'}")
     return rows

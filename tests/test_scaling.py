@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import shlex
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from mainrun_nb.checkpoint import run_lock
 from mainrun_nb.config import InputError, tiny
 from mainrun_nb.evaluate import attention_distance
 from mainrun_nb.models import build_model
+from mainrun_nb.repetition import RepetitionLaw, effective_tokens, fit_repetition
 from mainrun_nb.scaling import (
     ScalingLaw,
     compute_optimal,
@@ -146,6 +148,75 @@ def test_the_committed_study_is_what_its_script_says(root):
         model = build_model(study.configured(width, layers, heads, "data.source=synthetic"), 2000)
         body = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("embed"))
         assert {int(r["n"]) for r in rows if r["width"] == str(width)} == {body}
+
+
+TRUTH = RepetitionLaw({4.6e5: 1.05, 1.83e6: 0.95}, factor=23.0, exponent=0.3, r_star=5.0)
+
+
+def planned(law, noise, seed=0, scale=1.0):
+    """Rows of a study of 1 to 16 passes over five numbers of tokens, with losses of a law and noise."""
+    plan = [(share, passes) for share in (16, 8, 4, 2) for passes in (1, 2, 4, 7)] + [(1, 1), (16, 16)]
+    runs, rng = [(n, scale * 1.13e6 / share, passes) for n in law.levels for share, passes in plan], np.random.default_rng(seed)
+    noises = np.exp(noise * rng.normal(size=len(runs)))
+    return [{"n": n, "d": u * p, "tokens_per_epoch": u, "loss": law(n, u, u * p) * e} for (n, u, p), e in zip(runs, noises, strict=True)]
+
+
+def planted(law):
+    """What the intervals of a fit should hold."""
+    return {"r_star": law.r_star, "factor": law.factor, "exponent": law.exponent} | {f"level {n:.0f}": v for n, v in law.levels.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("r_star", "noise"), [(5.0, 0.003), (15.39, 0.003), (2.0, 0.006)])
+def test_the_intervals_hold_the_planted_law_in_ninety_of_a_hundred_repeats(r_star, noise):
+    truth = replace(TRUTH, r_star=r_star)
+    fits = [fit_repetition(planned(truth, noise, seed), draws=100, seed=seed).intervals for seed in range(100)]
+    held = {key: sum(fit[key][0] <= value <= fit[key][1] for fit in fits) for key, value in planted(truth).items()}
+    assert min(held.values()) >= 90, held
+
+
+@pytest.mark.parametrize(("r_star", "exponent", "sizes", "scale"), [(1.0, 0.5, 1, 1.0), (40.0, 0.2, 3, 1e3), (8.0, 0.35, 2, 1e-2)])
+def test_a_known_law_of_repetition_comes_back_at_any_scale(r_star, exponent, sizes, scale):
+    levels = {10.0 ** (5 + k): 1.2 - 0.1 * k for k in range(sizes)}
+    truth = RepetitionLaw(levels, 0.5 * (scale * 1e5) ** exponent, exponent, r_star)
+    found = fit_repetition(planned(truth, 0.0, scale=scale), draws=0)
+    assert (found.r_star, found.exponent) == pytest.approx((r_star, exponent), rel=1e-2) and found.levels == pytest.approx(levels, rel=1e-2)
+    assert found.rms < 1e-5 and found.intervals == {}
+
+
+def test_passes_as_good_as_fresh_ones_or_worth_nothing_are_told_at_the_bounds():
+    fresh = fit_repetition(planned(replace(TRUTH, r_star=1e6), 0.0), draws=0)
+    assert fresh.r_star > 300 and fresh.worth(7) == pytest.approx(7, rel=0.02)
+    spent = fit_repetition(planned(replace(TRUTH, r_star=0.01), 0.0), draws=0)
+    assert spent.worth(7) == pytest.approx(1, abs=0.03)
+    assert effective_tokens([10, 10, 10], [5, 10, 30], 1e6) == pytest.approx([5, 10, 30], rel=1e-5)
+
+
+def test_one_run_of_a_study_that_diverged_does_not_steer_the_law_of_repetition():
+    rows = planned(TRUTH, 0.002)
+    rows[9]["loss"] *= 2
+    assert fit_repetition(rows, draws=0).r_star == pytest.approx(5, rel=0.1)
+    assert not 4.5 < fit_repetition(rows, delta=10, draws=0).r_star < 5.5
+
+
+def test_a_law_of_repetition_from_a_folder_a_csv_and_a_table_of_pandas(tmp_path):
+    import pandas as pd
+
+    rows = planned(TRUTH, 0.002)
+    table = pd.DataFrame([*rows, {"name": "failed"}])  # a row of gaps
+    table.to_csv(tmp_path / "study.csv", index=False)
+    sources = rows, table, tmp_path / "study.csv", str(tmp_path / "study.csv"), runs_table(table)
+    laws = [fit_repetition(source, draws=5) for source in sources]
+    assert all(law == laws[0] for law in laws)
+    with pytest.raises(InputError, match="three numbers of different tokens"):
+        fit_repetition(rows[:5])
+    with pytest.raises(InputError, match="above 0"):
+        fit_repetition([*rows, {**rows[0], "loss": 0.0}])
+
+
+def test_scores_without_a_training_are_left_out_of_the_table(root):
+    rows = runs_table(root / "sweeps" / "results.csv")
+    assert len(rows) > 40 and all(row["n"] > 0 and row["d"] > 0 for row in rows)
 
 
 @pytest.fixture
