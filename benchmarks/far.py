@@ -10,7 +10,8 @@ decay over the last three tenths. Four times on the way, on documents never trai
 and the share of references whose company gets more than half of the probability. A local window of 128 cannot see the first lines, though
 layers hand on what theirs saw.
 
-Every run is a process of its own; its memory is the peak of its first steps above what was there before its model. Runs that have their rows are not made again.
+Every run is a process of its own; its memory is the peak of its first steps above what was there before its model. Runs that have their
+rows are not made again.
 """
 
 import argparse
@@ -57,8 +58,6 @@ def configured(kind: str, width: int, layers: int, seed: int) -> Config:
 
 def padded(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # (1, LENGTH) each
     "A document as input and targets."
-    if len(ids) > LENGTH:
-        raise SystemExit(f"far.py: a document has {len(ids)} tokens, {LENGTH} at most can be; --between makes them shorter")
     x, y = torch.full((1, LENGTH), EOS), torch.full((1, LENGTH), UNCOUNTED)
     x[0, 1 : len(ids)], y[0, : len(ids)] = ids[:-1], ids
     return x, y
@@ -69,6 +68,8 @@ class Rows:
 
     def __init__(self, texts: list[str], tokenizer: Tokenizer, seed: int) -> None:
         self.ids, self.seed = [token_stream([text], tokenizer).to(torch.int32) for text in texts], seed
+        if (longest := max(map(len, self.ids))) > LENGTH:
+            raise SystemExit(f"far.py: a document has {longest} tokens, {LENGTH} at most can be; a smaller --between makes them shorter")
 
     def __getitem__(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         epoch, at = divmod(k, len(self.ids))
@@ -125,7 +126,8 @@ def run(kind: str, args: argparse.Namespace) -> list[dict[str, Any]]:
                      "seed": args.seed, "trained_minutes": round(seconds / 60, 2), "steps": state.step, **exam.mark(state.model),
                      "floor": round(exam.floor, 2), "facts": args.facts, "between": args.between, "memory_bytes": memory,
                      "parameters": count_parameters(state.model, embeddings=False),
-                     "tokens_per_document": round(sum(map(len, texts.ids)) / len(texts.ids)), "torch": torch.__version__, "command": shlex.join(["python", "benchmarks/far.py", *sys.argv[1:]])})
+                     "tokens_per_document": round(sum(map(len, texts.ids)) / len(texts.ids)), "torch": torch.__version__,
+                     "command": shlex.join(["python", "benchmarks/far.py", *sys.argv[1:]])})
         print({k: rows[-1][k] for k in ("attention", "trained_minutes", "steps", "above_floor", "found")}, flush=True)
     return rows
 
@@ -140,7 +142,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0, help="of training, for each attention")
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--csv", type=Path, default=Path(__file__).parent / "results" / "far.csv")
-    whole = {"width": 64, "layers": 3, "documents": 3000, "exam": 40, "facts": 16, "between": 100, "seed": 1337}
+    whole = {"width": 64, "layers": 3, "documents": 3000, "exam": 40, "facts": 16, "between": 90, "seed": 1337}
     for name, default in whole.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
