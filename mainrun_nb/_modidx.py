@@ -800,6 +800,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'mainrun_nb.scaling._unfold': ('scaling.html#_unfold', 'mainrun_nb/scaling.py'),
                                     'mainrun_nb.scaling.compute_optimal': ('scaling.html#compute_optimal', 'mainrun_nb/scaling.py'),
                                     'mainrun_nb.scaling.fit_batches': ('scaling.html#fit_batches', 'mainrun_nb/scaling.py'),
+                                    'mainrun_nb.scaling.fit_branches': ('scaling.html#fit_branches', 'mainrun_nb/scaling.py'),
                                     'mainrun_nb.scaling.fit_chinchilla': ('scaling.html#fit_chinchilla', 'mainrun_nb/scaling.py'),
                                     'mainrun_nb.scaling.fit_power_law': ('scaling.html#fit_power_law', 'mainrun_nb/scaling.py'),
                                     'mainrun_nb.scaling.logged_noise': ('scaling.html#logged_noise', 'mainrun_nb/scaling.py'),

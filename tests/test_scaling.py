@@ -20,6 +20,7 @@ from mainrun_nb.scaling import (
     ScalingLaw,
     compute_optimal,
     fit_batches,
+    fit_branches,
     fit_chinchilla,
     fit_power_law,
     logged_noise,
@@ -128,6 +129,21 @@ def test_a_batch_law_is_exact_and_refuses_two_sizes():
     assert (law.min_steps, law.critical) == pytest.approx((100, 20)) and law.low <= 20.001 and law.high >= 19.999
     with pytest.raises(InputError, match="three"):
         fit_batches([2, 4], [2, 1])
+
+
+@pytest.mark.parametrize("critical", [3.0, 60.0, 900.0])
+def test_branches_are_a_sweep_in_small(critical):
+    sizes = [4, 16, 64, 256, 1024]
+    ends = [5.0 - 1.5 / (1 + b / critical) for b in sizes]
+    law = fit_branches(sizes, ends, start=5.0, rows=8192)
+    assert law.critical == pytest.approx(critical) and law.low <= 1.001 * critical and law.high >= 0.999 * critical
+    assert 8192 / 64 / law.steps(64) == pytest.approx(5.0 - ends[2])  # the progress of its steps
+
+
+@pytest.mark.parametrize(("ends", "says"), [([4.0, 4.1, 5.0], "of 64 rows"), ([4.0, math.nan, 4.5], "of 16 rows"), ([4.0, 4.1], "three")])
+def test_branches_that_say_nothing_are_refused(ends, says):
+    with pytest.raises(InputError, match=says):
+        fit_branches([4, 16, 64][: len(ends)], ends, start=5.0, rows=1024)
 
 
 def test_a_ledger_with_unknown_columns_is_refused(tmp_path):
