@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['noise_parts', 'NoiseScale', 'noise_scale', 'logged_noise', 'BatchLaw', 'fit_batches', 'fit_branches', 'ScalingLaw',
-           'fit_power_law', 'fit_chinchilla', 'compute_optimal', 'runs_table']
+           'fit_power_law', 'fit_chinchilla', 'compute_optimal', 'runs_table', 'frontier']
 
 # %% ../nbs/33_scaling.ipynb #840426bd
 import csv
@@ -252,28 +252,40 @@ def _intervals(names: tuple[str, ...], again: list[tuple[np.ndarray, np.ndarray,
     return {k: (float(a), float(b)) for k, a, b in zip(keys, low, high, strict=True)}
 
 # %% ../nbs/33_scaling.ipynb #d27c7a9f
+def _given(names: tuple[str, ...], first: Any, *rest: Any) -> list[Any]:
+    "The columns as they were given, or, where the first is given alone, from the runs that it stands for."
+    if any(column is not None for column in rest):
+        return [first, *rest]
+    if unknown := [name for name in names if name not in ("n", "d", "c", "loss")]:
+        raise InputError(f"power law: of a table of runs, name must be N, D or C, found {unknown[0]}")
+    rows = runs_table(first)
+    return [[row[name] for row in rows] for name in names]
+
+
 def fit_power_law(
-    x: Any,  # (R,) parameters or tokens of each run
-    loss: Any,  # (R,)
-    name: str = "x",  # what x is called
+    x: Any,  # (R,) parameters or tokens of each run; or a ledger, a folder or a table of runs, whose column is called `name`
+    loss: Any = None,  # (R,)
+    name: str = "x",  # what x is called; N, D or C
     floor: bool = False,  # also fit a constant that remains
     delta: float = 0.01,  # logarithmic residuals beyond this count linearly
     draws: int = 200,  # of the bootstrap
     seed: int = 0,
 ) -> ScalingLaw:
     "L(x) = [E +] A / x^alpha (Kaplan et al. 2020, arXiv:2001.08361). Raises `InputError` for too few runs."
+    x, loss = _given((name.lower(), "loss"), x, loss)
     return _fit((name,), [x], loss, floor, delta, draws, seed)
 
 
 def fit_chinchilla(
-    n: Any,  # (R,) parameters without embeddings of each run
-    d: Any,  # (R,) training tokens
-    loss: Any,  # (R,)
+    n: Any,  # (R,) parameters without embeddings of each run; or a ledger, a folder or a table of runs
+    d: Any = None,  # (R,) training tokens
+    loss: Any = None,  # (R,)
     delta: float = 0.01,  # logarithmic residuals beyond this count linearly
     draws: int = 200,  # of the bootstrap
     seed: int = 0,
 ) -> ScalingLaw:
     "L(N, D) = E + A / N^alpha + B / D^beta (Hoffmann et al. 2022, arXiv:2203.15556, approach 3). Raises `InputError` for too few runs."
+    n, d, loss = _given(("n", "d", "loss"), n, d, loss)
     return _fit(("N", "D"), [n, d], loss, True, delta, draws, seed)
 
 # %% ../nbs/33_scaling.ipynb #7d19161f
@@ -349,3 +361,14 @@ def runs_table(
     if not rows:
         raise InputError(f"{where}: {lacks or 'no finished run with a loss'}")
     return rows
+
+# %% ../nbs/33_scaling.ipynb #d9bbabbe
+def frontier(
+    runs: Any,  # as `runs_table` takes them
+) -> list[dict[str, Any]]:  # rows of the table, the cheapest first
+    "The runs whose loss no run of at most their operations reaches: loss against compute at its best."
+    best: list[dict[str, Any]] = []
+    for row in sorted(runs_table(runs), key=lambda row: (row["c"], row["loss"])):
+        if not best or row["loss"] < best[-1]["loss"]:
+            best.append(row)
+    return best

@@ -23,6 +23,7 @@ from mainrun_nb.scaling import (
     fit_branches,
     fit_chinchilla,
     fit_power_law,
+    frontier,
     logged_noise,
     noise_parts,
     noise_scale,
@@ -144,6 +145,20 @@ def test_branches_are_a_sweep_in_small(critical):
 def test_branches_that_say_nothing_are_refused(ends, says):
     with pytest.raises(InputError, match=says):
         fit_branches([4, 16, 64][: len(ends)], ends, start=5.0, rows=1024)
+
+
+def test_every_fit_takes_the_runs_in_place_of_numbers(tmp_path):
+    law, rng = ScalingLaw(("N", "D"), (40.0, 30.0), (0.3, 0.25), 0.8), np.random.default_rng(0)
+    n, d = 10 ** rng.uniform(4, 7, 20), 10 ** rng.uniform(5, 8, 20)
+    rows = [{"n": a, "d": b, "loss": float(law(a, b)), "name": i} for i, (a, b) in enumerate(zip(n, d, strict=True))]
+    assert fit_chinchilla(rows, draws=5) == fit_chinchilla(n, d, law(n, d), draws=5)
+    assert fit_power_law(rows, name="C", draws=0) == fit_power_law(6 * n * d, law(n, d), "C", draws=0)
+    for call in (lambda: fit_chinchilla(tmp_path), lambda: fit_power_law(tmp_path / "none.csv", name="N"), lambda: fit_chinchilla([])):
+        with pytest.raises(InputError, match="no finished run|no such file"):
+            call()
+    best = frontier(rows)
+    assert all(any(r["c"] <= row["c"] and r["loss"] <= row["loss"] for r in best) for row in rows)
+    assert [r["loss"] for r in best] == sorted((r["loss"] for r in best), reverse=True)
 
 
 def test_a_ledger_with_unknown_columns_is_refused(tmp_path):
