@@ -156,7 +156,7 @@ def test_every_fit_takes_the_runs_in_place_of_numbers(tmp_path):
     for call in (lambda: fit_chinchilla(tmp_path), lambda: fit_power_law(tmp_path / "none.csv", name="N"), lambda: fit_chinchilla([])):
         with pytest.raises(InputError, match="no finished run|no such file"):
             call()
-    best = frontier(rows)
+    best, rows = frontier(rows), runs_table(rows)
     assert all(any(r["c"] <= row["c"] and r["loss"] <= row["loss"] for r in best) for row in rows)
     assert [r["loss"] for r in best] == sorted((r["loss"] for r in best), reverse=True)
 
