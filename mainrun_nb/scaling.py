@@ -261,7 +261,7 @@ def _given(names: tuple[str, ...], first: Any, *rest: Any) -> list[Any]:
     rows = runs_table(first)
     return [[row[name] for row in rows] for name in names]
 
-
+# %% ../nbs/33_scaling.ipynb #92ae39cd
 def fit_power_law(
     x: Any,  # (R,) parameters or tokens of each run; or a ledger, a folder or a table of runs, whose column is called `name`
     loss: Any = None,  # (R,)
@@ -275,7 +275,7 @@ def fit_power_law(
     x, loss = _given((name.lower(), "loss"), x, loss)
     return _fit((name,), [x], loss, floor, delta, draws, seed)
 
-
+# %% ../nbs/33_scaling.ipynb #7ebe3491
 def fit_chinchilla(
     n: Any,  # (R,) parameters without embeddings of each run; or a ledger, a folder or a table of runs
     d: Any = None,  # (R,) training tokens
