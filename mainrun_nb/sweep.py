@@ -30,7 +30,7 @@ from .checkpoint import atomic_write, differences, read_sealed, require_one_run,
 from .config import Config, InputError, RunError, TrackingConfig, did_you_mean, flatten, load_config, save_config
 from .data import load_titles
 from .device import pick_device
-from .memory import MemoryBudgetError, check_budget, check_build
+from .memory import MemoryBudgetError, check_budget, check_build, formula_need, in_words, predicted_time, steps_of
 from .runtime import Interrupted, in_log_file, noted_signals
 from .search import Chooser, Dimension, Search, for_wandb, grid_points, optuna_history, random_point, read_search  # noqa: F401
 from .files import check_file_name
@@ -218,8 +218,8 @@ class Sweep:
         "Turn until nothing runs and nothing is left to start. Raises `Interrupted`."
         every = 10.0 if in_log_file() else 0.2  # seconds between two looks of the bar
         total = self.wanted if self.wanted < sys.maxsize else None
-        bar = tqdm(total=total, initial=sum(self.ended.values()), unit="trial", mininterval=every, disable=not progress)
-        with noted_signals() as self.signals, bar:
+        how: Any = {"unit": "trial", "mininterval": every, "disable": not progress, "postfix": expected_time(self) if progress else None}
+        with noted_signals() as self.signals, tqdm(total=total, initial=sum(self.ended.values()), **how) as bar:
             try:
                 while not self.signals and self.turn():
                     if self.best:
@@ -422,6 +422,29 @@ def gpus_for(cfg: Config, jobs: int) -> tuple[dict[str, int], int]:
     if gpus and jobs > len(gpus):
         warnings.warn(f"jobs: {jobs} were asked for, but there are {len(gpus)} GPUs; {len(gpus)} at a time", stacklevel=2)
     return gpus, min(jobs, len(gpus) or jobs)
+
+# %% ../nbs/31_sweep.ipynb #71d9f9dd
+def trial_seconds(base: str, point: dict[str, Any]) -> float:
+    "About how long a point's run takes here; 0 for a short one, one that cannot be, and one whose work takes long to count."
+    try:
+        cfg = load_config(base, [override(*item) for item in point.items()])
+        hp = cfg.hyperparams
+        need = formula_need(cfg, hp.vocab_size)
+        found = predicted_time(cfg, hp.vocab_size, steps_of(cfg), need["parameters"], pick_device(hp.device).type)
+    except InputError:
+        return 0.0
+    return found.get("predicted_seconds", 0.0)
+
+
+def expected_time(sweep: Any) -> str | None:  # None where it is short, or the trials run elsewhere
+    "About how long the trials left take one after the other, by three points: of a grid the first, the middle and the last."
+    search, seed = sweep.search, sweep.chooser.seed
+    grid = grid_points(search) if search.method == "grid" else None
+    points = [grid[i * (grid.size - 1) // 2] if grid else random_point(search, i, seed) for i in range(3)]
+    with ended_by_signals(sweep.out_dir):
+        each = sum(trial_seconds(sweep.base, point) for point in points if sweep.engine.here) / len(points)
+    left = min(sweep.wanted, grid.size if grid else sweep.wanted) - sum(sweep.ended.values())
+    return f"expected: {in_words(left * each)}" if left > 0 and each else None
 
 # %% ../nbs/31_sweep.ipynb #ce52e70f
 def run_sweep(
