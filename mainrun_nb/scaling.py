@@ -318,7 +318,7 @@ def _table_row(found: dict[str, Any]) -> dict[str, Any] | None:
     seed, epoch = found.get("seed"), found.get("tokens_per_epoch")
     return {"name": row["name"] or "", "n": n, "d": d, "c": 6 * n * d, "loss": loss,
             "epochs": d / float(epoch) if epoch else None, "tokens_per_epoch": float(epoch) if epoch else None,
-            "seed": None if seed is None else int(seed)}
+            "seed": None if seed is None else int(str(seed).removesuffix(".0"))}  # pandas makes 1337.0 of a column with gaps
 
 # %% ../nbs/33_scaling.ipynb #336cca68
 def _folder_values(result: Path) -> dict[str, Any]:
