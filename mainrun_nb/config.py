@@ -255,6 +255,7 @@ class DataConfig:
     deduplicate: bool = False  # keep the first of titles that are equal letter for letter
     max_chars: int | None = optional_positive()  # cut titles to so many characters
     seed: int = between(0, 2**63, 1337)  # of the shuffle; never varied within a study
+    train_share: float = positive(1.0, 1)  # of the training titles: only the first are trained on; split and tokenizer are those of all
 
     def check(self) -> None:
         "What settings must not say, alone or together. Raises `InputError`."
@@ -267,8 +268,7 @@ class DataConfig:
         try:
             "".encode(self.encoding)
         except (LookupError, ValueError):
-            known = ["utf-8", "utf-16", "cp1252", "latin-1", "shift_jis", "gb18030", "euc_kr", "koi8_r"]
-            hint = did_you_mean(self.encoding, known)
+            hint = did_you_mean(self.encoding, ["utf-8", "utf-16", "cp1252", "latin-1", "shift_jis", "gb18030", "euc_kr", "koi8_r"])
             raise InputError(f"data.encoding: Python knows no encoding {shown(self.encoding)}.{hint}") from None
 
 # %% ../nbs/00a_config.ipynb #00c2ccba

@@ -520,6 +520,6 @@ TITLE_TOKENS = 12.6  # of a Hacker News title with its <eos>, at 16,000 words
 def steps_of(cfg: Config) -> int:
     "About how many steps a run has, before its titles are read."
     hp = cfg.hyperparams
-    tokens = hp.num_titles * (1 - hp.val_frac) * TITLE_TOKENS
+    tokens = hp.num_titles * (1 - hp.val_frac) * cfg.data.train_share * TITLE_TOKENS
     steps = max(1, round(hp.epochs * tokens / (hp.batch_size * hp.context_length)))
     return min(steps, hp.max_steps or steps)

@@ -9,6 +9,7 @@ __all__ = ['RunData', 'prepare_data', 'Plan', 'make_plan', 'TrainState', 'my_row
 # %% ../nbs/27_trainer.ipynb #7fcb8043
 import io
 import json
+import math
 import signal
 import time
 import warnings
@@ -72,11 +73,13 @@ def prepare_data(
     train, val, account = read_split(cfg)
     seen = () if cfg.data.source == "synthetic" else val  # a floor is one only for what was fitted without these titles (chapter 01)
     tokenizer = tokenizer or train_tokenizer(train, seen, cfg.tokenizer.kind, cfg.hyperparams.vocab_size)
-    train_ids, val_ids = token_stream(train, tokenizer), token_stream(val, tokenizer)
-    info = {**fingerprint(train, val, cfg, len(train_ids)), "val_tokens": len(val_ids), "val_chars": joined_chars(val),
+    read = train[: math.ceil(cfg.data.train_share * len(train))]
+    train_ids, val_ids = token_stream(read, tokenizer), token_stream(val, tokenizer)
+    info = {**fingerprint(train, val, cfg, len(train_ids)), "n_train": len(read),
+            "val_tokens": len(val_ids), "val_chars": joined_chars(val),
             "tokenizer": tokenizer.meta, "vocab_size": tokenizer.vocab_size, **account.record(lost_titles(val_ids, val, tokenizer)),
             **references(train_ids, val_ids, tokenizer.vocab_size, val)}
-    return RunData(train_ids, val_ids, val, tokenizer, joined_chars(train), info)
+    return RunData(train_ids, val_ids, val, tokenizer, joined_chars(read), info)
 
 # %% ../nbs/27_trainer.ipynb #2cb4c498
 @dataclass(frozen=True)

@@ -4,29 +4,43 @@ import csv
 import importlib.util
 import json
 import math
+import shlex
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from mainrun_nb.checkpoint import run_lock
 from mainrun_nb.config import InputError, tiny
 from mainrun_nb.evaluate import attention_distance
 from mainrun_nb.models import build_model
+from mainrun_nb.repetition import RepetitionLaw, effective_tokens, fit_repetition
 from mainrun_nb.scaling import (
     ScalingLaw,
     compute_optimal,
     fit_batches,
+    fit_branches,
     fit_chinchilla,
     fit_power_law,
+    frontier,
     logged_noise,
     noise_parts,
     noise_scale,
     runs_table,
 )
-from mainrun_nb.trainer import train
+from mainrun_nb.trainer import prepare_data, train
 
 SMALLER = ["hyperparams.vocab_size=300", "hyperparams.num_titles=800", "hyperparams.context_length=16", "hyperparams.batch_size=8",
            "model_configs.gpt.d_model=16", "model_configs.gpt.hidden_layer=16", "model_configs.gpt.n_layer=1"]
+
+
+def benchmark(root, name):
+    """A script of benchmarks/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", root / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.parametrize(("small", "big"), [(1, 2), (2, 64), (0.5, 8)])
@@ -118,6 +132,35 @@ def test_a_batch_law_is_exact_and_refuses_two_sizes():
         fit_batches([2, 4], [2, 1])
 
 
+@pytest.mark.parametrize("critical", [3.0, 60.0, 900.0])
+def test_branches_are_a_sweep_in_small(critical):
+    sizes = [4, 16, 64, 256, 1024]
+    ends = [5.0 - 1.5 / (1 + b / critical) for b in sizes]
+    law = fit_branches(sizes, ends, start=5.0, rows=8192)
+    assert law.critical == pytest.approx(critical) and law.low <= 1.001 * critical and law.high >= 0.999 * critical
+    assert 8192 / 64 / law.steps(64) == pytest.approx(5.0 - ends[2])  # the progress of its steps
+
+
+@pytest.mark.parametrize(("ends", "says"), [([4.0, 4.1, 5.0], "of 64 rows"), ([4.0, math.nan, 4.5], "of 16 rows"), ([4.0, 4.1], "three")])
+def test_branches_that_say_nothing_are_refused(ends, says):
+    with pytest.raises(InputError, match=says):
+        fit_branches([4, 16, 64][: len(ends)], ends, start=5.0, rows=1024)
+
+
+def test_every_fit_takes_the_runs_in_place_of_numbers(tmp_path):
+    law, rng = ScalingLaw(("N", "D"), (40.0, 30.0), (0.3, 0.25), 0.8), np.random.default_rng(0)
+    n, d = 10 ** rng.uniform(4, 7, 20), 10 ** rng.uniform(5, 8, 20)
+    rows = [{"n": a, "d": b, "loss": float(law(a, b)), "name": i} for i, (a, b) in enumerate(zip(n, d, strict=True))]
+    assert fit_chinchilla(rows, draws=5) == fit_chinchilla(n, d, law(n, d), draws=5)
+    assert fit_power_law(rows, name="C", draws=0) == fit_power_law(6 * n * d, law(n, d), "C", draws=0)
+    for call in (lambda: fit_chinchilla(tmp_path), lambda: fit_power_law(tmp_path / "none.csv", name="N"), lambda: fit_chinchilla([])):
+        with pytest.raises(InputError, match="no finished run|no such file"):
+            call()
+    best, rows = frontier(rows), runs_table(rows)
+    assert all(any(r["c"] <= row["c"] and r["loss"] <= row["loss"] for r in best) for row in rows)
+    assert [r["loss"] for r in best] == sorted((r["loss"] for r in best), reverse=True)
+
+
 def test_a_ledger_with_unknown_columns_is_refused(tmp_path):
     path = tmp_path / "results.csv"
     path.write_text("val/loss,n\n1.5,100\n")
@@ -129,15 +172,124 @@ def test_a_ledger_with_unknown_columns_is_refused(tmp_path):
 
 
 def test_the_committed_study_is_what_its_script_says(root):
-    spec = importlib.util.spec_from_file_location("benchmark_scaling", root / "benchmarks" / "scaling.py")
-    study = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(study)
+    study = benchmark(root, "scaling")
     rows = list(csv.DictReader((root / "benchmarks" / "results" / "scaling.csv").open()))
     assert len({(r["width"], r["steps"], r["seed"]) for r in rows}) == len(rows) >= len(study.SIZES) * len(study.SHARES)
     for width, layers, heads in study.SIZES:
         model = build_model(study.configured(width, layers, heads, "data.source=synthetic"), 2000)
         body = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("embed"))
         assert {int(r["n"]) for r in rows if r["width"] == str(width)} == {body}
+
+
+TRUTH = RepetitionLaw({4.6e5: 1.05, 1.83e6: 0.95}, factor=23.0, exponent=0.3, r_star=5.0)
+
+
+def planned(law, noise, seed=0, scale=1.0):
+    """Rows of a study of 1 to 16 passes over five numbers of tokens, with losses of a law and noise."""
+    plan = [(share, passes) for share in (16, 8, 4, 2) for passes in (1, 2, 4, 7)] + [(1, 1), (16, 16)]
+    runs, rng = [(n, scale * 1.13e6 / share, passes) for n in law.levels for share, passes in plan], np.random.default_rng(seed)
+    noises = np.exp(noise * rng.normal(size=len(runs)))
+    return [{"n": n, "d": u * p, "tokens_per_epoch": u, "loss": law(n, u, u * p) * e} for (n, u, p), e in zip(runs, noises, strict=True)]
+
+
+def planted(law):
+    """What the intervals of a fit should hold."""
+    return {"r_star": law.r_star, "factor": law.factor, "exponent": law.exponent} | {f"level {n:.0f}": v for n, v in law.levels.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("r_star", "noise"), [(5.0, 0.003), (15.39, 0.003), (2.0, 0.006)])
+def test_the_intervals_hold_the_planted_law_in_ninety_of_a_hundred_repeats(r_star, noise):
+    truth = replace(TRUTH, r_star=r_star)
+    fits = [fit_repetition(planned(truth, noise, seed), draws=100, seed=seed).intervals for seed in range(100)]
+    held = {key: sum(fit[key][0] <= value <= fit[key][1] for fit in fits) for key, value in planted(truth).items()}
+    assert min(held.values()) >= 90, held
+
+
+@pytest.mark.parametrize(("r_star", "exponent", "sizes", "scale"), [(1.0, 0.5, 1, 1.0), (40.0, 0.2, 3, 1e3), (8.0, 0.35, 2, 1e-2)])
+def test_a_known_law_of_repetition_comes_back_at_any_scale(r_star, exponent, sizes, scale):
+    levels = {10.0 ** (5 + k): 1.2 - 0.1 * k for k in range(sizes)}
+    truth = RepetitionLaw(levels, 0.5 * (scale * 1e5) ** exponent, exponent, r_star)
+    found = fit_repetition(planned(truth, 0.0, scale=scale), draws=0)
+    assert (found.r_star, found.exponent) == pytest.approx((r_star, exponent), rel=1e-2) and found.levels == pytest.approx(levels, rel=1e-2)
+    assert found.rms < 1e-5 and found.intervals == {}
+
+
+def test_passes_as_good_as_fresh_ones_or_worth_nothing_are_told_at_the_bounds():
+    fresh = fit_repetition(planned(replace(TRUTH, r_star=1e6), 0.0), draws=0)
+    assert fresh.r_star > 300 and fresh.worth(7) == pytest.approx(7, rel=0.02)
+    spent = fit_repetition(planned(replace(TRUTH, r_star=0.01), 0.0), draws=0)
+    assert spent.worth(7) == pytest.approx(1, abs=0.03)
+    assert effective_tokens([10, 10, 10], [5, 10, 30], 1e6) == pytest.approx([5, 10, 30], rel=1e-5)
+
+
+def test_one_run_of_a_study_that_diverged_does_not_steer_the_law_of_repetition():
+    rows = planned(TRUTH, 0.002)
+    rows[9]["loss"] *= 2
+    assert fit_repetition(rows, draws=0).r_star == pytest.approx(5, rel=0.1)
+    assert not 4.5 < fit_repetition(rows, delta=10, draws=0).r_star < 5.5
+
+
+def test_a_law_of_repetition_from_a_folder_a_csv_and_a_table_of_pandas(tmp_path):
+    import pandas as pd
+
+    rows = planned(TRUTH, 0.002)
+    table = pd.DataFrame([*rows, {"name": "failed"}])  # a row of gaps
+    table.to_csv(tmp_path / "study.csv", index=False)
+    sources = rows, table, tmp_path / "study.csv", str(tmp_path / "study.csv"), runs_table(table)
+    laws = [fit_repetition(source, draws=5) for source in sources]
+    assert all(law == laws[0] for law in laws)
+    with pytest.raises(InputError, match="three numbers of different tokens"):
+        fit_repetition(rows[:5])
+    with pytest.raises(InputError, match="above 0"):
+        fit_repetition([*rows, {**rows[0], "loss": 0.0}])
+
+
+def test_scores_without_a_training_are_left_out_of_the_table(root):
+    rows = runs_table(root / "sweeps" / "results.csv")
+    assert len(rows) > 40 and all(row["n"] > 0 and row["d"] > 0 for row in rows)
+
+
+@pytest.fixture
+def repetition(root, tmp_path, monkeypatch):
+    """benchmarks/repetition.py, writing into a folder of its own."""
+    study = benchmark(root, "repetition")
+    monkeypatch.setattr(study, "ROWS", tmp_path / "results" / "repetition.csv")
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    return study
+
+
+def test_a_run_of_the_repetition_study_is_the_one_its_command_makes(repetition, tmp_path):
+    cfg = tiny(*SMALLER, "data.train_share=0.3", "hyperparams.epochs=3", "hyperparams.max_steps=null", "hyperparams.amp_bool=true")
+    run = train(cfg, tmp_path / "a", progress=False)
+    found = repetition.measure(cfg, prepare_data(tiny(*SMALLER)))
+    row, = runs_table(tmp_path)
+    assert found["loss"] == run.loss and (found["n"], found["d"]) == (row["n"], row["d"])
+    assert found["tokens_per_epoch"] == run.metrics["data"]["tokens_per_epoch"] and 2.9 < row["epochs"] <= 3
+
+
+def test_the_repetition_study_is_whole_affordable_and_shared_between_processes(repetition, monkeypatch):
+    runs = repetition.study()
+    names = [run["name"] for run in runs]
+    assert len(set(names)) == len(names) == 50 and sum(run["minutes"] for run in runs) < 170
+    commands = [[part for part in shlex.split(run["command"]) if "sweeps/runs/" not in part] for run in runs]
+    assert len(set(map(tuple, commands))) == 50
+    made = []
+    monkeypatch.setattr(repetition, "measure", lambda cfg, data: made.append(cfg) or {"n": 1, "loss": 1.234567, "cpu_seconds": 60.0})
+    monkeypatch.setattr(repetition, "load_config", lambda path, overrides: overrides)
+    (repetition.ROOT / "sweeps" / "runs" / f"repetition-{names[0]}").mkdir(parents=True)
+    with run_lock(repetition.ROOT / "sweeps" / "runs" / f"repetition-{names[0]}"):  # another process is at the first
+        for run in runs[:2] + runs[:2]:
+            repetition.make(run, None)
+    assert made == [runs[1]["overrides"]] and repetition.done() == {names[1]}
+    repetition.make(runs[0], None)
+    assert [row["loss"] for row in csv.DictReader(repetition.ROWS.open())] == ["1.23457"] * 2 and repetition.done() == set(names[:2])
+
+
+@pytest.mark.parametrize("share", [0, -0.5, 1.5, "half"])
+def test_a_share_that_is_none_is_refused(share):
+    with pytest.raises(InputError, match=r"data\.train_share"):
+        tiny(f"data.train_share={share}")
 
 
 def test_attention_distance_refuses_other_layers():

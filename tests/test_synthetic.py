@@ -8,6 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from mainrun_nb.documents import Documents
 from mainrun_nb.synthetic import Grammar, clashes, default_grammar, entropy, floor_nats, sample_titles, title_log_prob
 
 
@@ -80,3 +81,25 @@ def test_floor_is_the_sum_and_infinite_for_the_impossible():
 def test_it_is_light_and_fast_to_import():
     code = "import sys, mainrun_nb.synthetic as s; print(sum(m in sys.modules for m in ('torch', 'matplotlib', 'omegaconf')))"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == "0"
+
+
+def test_documents_are_the_same_for_ever_and_need_their_first_lines():
+    # The floor of a committed benchmark belongs to these documents.
+    form = Documents(facts=5, between=7)
+    documents = form.sample(50, seed=1337)
+    digest = hashlib.sha256("\n".join(documents).encode()).hexdigest()
+    assert digest == "5229650a375c0b5b02a5070d8c3ec1647f116fddc656bb657b02cfad7a5d5e57"
+    for document in documents:
+        lines = document.split(" / ")
+        titles = sum(map(title_log_prob, lines[5:12]))
+        assert form.log_prob(document) < titles - 5 * math.log(len(form.companies)) - math.log(math.factorial(5))
+        for start, end in form.references(document):
+            said = document[start:end]
+            assert document.count(f" {said}") >= 2 and form.log_prob(document[:start] + "Velora" * 2 + document[end:]) == -math.inf
+
+
+def test_documents_as_often_as_their_probability_with_equal_companies_too():
+    form = Documents(1, 0, default_grammar(), {"Ada": 0.75, "Bo": 0.25}, {"Velora": 0.5, "Lumix": 0.5})
+    seen = Counter(form.sample(20_000, seed=0))
+    assert len(seen) == 4
+    assert all(abs(n / 20_000 - math.exp(form.log_prob(d))) < 0.015 for d, n in seen.items())
