@@ -97,11 +97,31 @@ def assessed() -> Study:
     return {f"batch-{b}": (base, [*two, f"hyperparams.batch_size={b}"]) for b in (32, 64, 128, 256)} | {"headline": (base, headline)}
 
 
+CASED = ["tokenizer.kind=cased"]  # letters and their case apart
+
+
+def screen3() -> Study:
+    "The recipe with letters and case apart, and one change at a time, on two passes."
+    base, gpt = "sweeps/sota/small.yaml", "model_configs.gpt"
+    rare = [f"{gpt}.embedding_cutoff=4000", f"{gpt}.n_layer=6"]
+    return {name: (base, [*CASED, "hyperparams.epochs=2", *change]) for name, change in {
+        "cased": [], "decay-0.6": ["hyperparams.decay=0.6"], "adaptive-6-layers": rare}.items()}
+
+
+def half() -> Study:
+    "The same on four passes over half the titles, at the end of which a model knows them by heart as it does after seven over all."
+    base = "sweeps/sota/small.yaml"
+    return {name: (base, [*CASED, "hyperparams.num_titles=50000", "hyperparams.epochs=4", *change]) for name, change in {
+        "cased": [], "weight-decay-0.1": ["hyperparams.weight_decay=0.1"], "dropout-0.15": ["model_configs.gpt.dropout=0.15"],
+        "whole-titles": ["hyperparams.rows=titles", "hyperparams.shuffle=true"],
+        "adamw-weight-decay-0.1": ["hyperparams.adamw_weight_decay=0.1"]}.items()}
+
+
 def full() -> Study:
     "All seven passes: the control, also at other rates; the final recipe, without one of its parts, and with what may be one."
     control, final = "sweeps/sota/small_control.yaml", "sweeps/sota/small.yaml"
     return {"control": (control, ["hyperparams.lr=2.0e-3"]), "control-lr-4.0e-3": (control, ["hyperparams.lr=4.0e-3"]),
-            "final": (final, []), "dropout-0.2": (final, ["model_configs.gpt.dropout=0.2"]),
+            "final": (final, []), "cased": (final, CASED), "dropout-0.2": (final, ["model_configs.gpt.dropout=0.2"]),
             "without-muon": (final, ["hyperparams.optimizer=adamw", "hyperparams.lr=4.0e-3", "hyperparams.weight_decay=0.1"]),
             "without-unigram": (final, ["tokenizer.kind=bpe"]),
             "without-adamw-lr": (final, ["hyperparams.adamw_lr=2.0e-3"]),
@@ -121,7 +141,7 @@ def scaled() -> Study:
     return {name: (f"sweeps/sota/{name}.yaml", ["hyperparams.epochs=1", *width]) for name in ("full", "public_best")}
 
 
-STUDIES = {"full": full, "alone": alone, "scaled": scaled, "attention": attention, "control": control, "screen": screen, "screen2": screen2,
+STUDIES = {"full": full, "alone": alone, "scaled": scaled, "attention": attention, "control": control, "screen": screen, "screen2": screen2, "screen3": screen3, "half": half,
            "assessed": assessed}
 Key = tuple[str, str, str]  # study, name, seed
 
