@@ -141,8 +141,8 @@ def scaled() -> Study:
     return {name: (f"sweeps/sota/{name}.yaml", ["hyperparams.epochs=1", *width]) for name in ("full", "public_best")}
 
 
-STUDIES = {"full": full, "alone": alone, "scaled": scaled, "attention": attention, "control": control, "screen": screen, "screen2": screen2, "screen3": screen3, "half": half,
-           "assessed": assessed}
+STUDIES = {"full": full, "alone": alone, "scaled": scaled, "attention": attention, "control": control, "screen": screen, "screen2": screen2,
+           "screen3": screen3, "half": half, "assessed": assessed}
 Key = tuple[str, str, str]  # study, name, seed
 
 
