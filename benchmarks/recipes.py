@@ -102,19 +102,17 @@ CASED = ["tokenizer.kind=cased"]  # letters and their case apart
 
 def screen3() -> Study:
     "The recipe with letters and case apart, and one change at a time, on two passes."
-    base, gpt = "sweeps/sota/small.yaml", "model_configs.gpt"
-    rare = [f"{gpt}.embedding_cutoff=4000", f"{gpt}.n_layer=6"]
+    base = "sweeps/sota/small.yaml"
     return {name: (base, [*CASED, "hyperparams.epochs=2", *change]) for name, change in {
-        "cased": [], "decay-0.6": ["hyperparams.decay=0.6"], "adaptive-6-layers": rare}.items()}
+        "cased": [], "decay-0.6": ["hyperparams.decay=0.6"], "batch-8": ["hyperparams.batch_size=8"]}.items()}
 
 
 def half() -> Study:
     "The same on four passes over half the titles, at the end of which a model knows them by heart as it does after seven over all."
     base = "sweeps/sota/small.yaml"
     return {name: (base, [*CASED, "hyperparams.num_titles=50000", "hyperparams.epochs=4", *change]) for name, change in {
-        "cased": [], "weight-decay-0.1": ["hyperparams.weight_decay=0.1"], "dropout-0.15": ["model_configs.gpt.dropout=0.15"],
-        "whole-titles": ["hyperparams.rows=titles", "hyperparams.shuffle=true"],
-        "adamw-weight-decay-0.1": ["hyperparams.adamw_weight_decay=0.1"]}.items()}
+        "cased": [], "weight-decay-0.1": ["hyperparams.weight_decay=0.1"], "whole-titles": ["hyperparams.rows=titles", "hyperparams.shuffle=true"],
+        **{f"dropout-{p}": [f"model_configs.gpt.dropout={p}"] for p in ("0.05", "0.15")}, "r-drop-1": ["hyperparams.r_drop=1"]}.items()}
 
 
 def full() -> Study:
