@@ -538,6 +538,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'mainrun_nb.memory._parts': ('memory.html#_parts', 'mainrun_nb/memory.py'),
                                    'mainrun_nb.memory._shape': ('memory.html#_shape', 'mainrun_nb/memory.py'),
                                    'mainrun_nb.memory._tables': ('memory.html#_tables', 'mainrun_nb/memory.py'),
+                                   'mainrun_nb.memory.begin_state': ('memory.html#begin_state', 'mainrun_nb/memory.py'),
                                    'mainrun_nb.memory.block_activations': ('memory.html#block_activations', 'mainrun_nb/memory.py'),
                                    'mainrun_nb.memory.by_formula': ('memory.html#by_formula', 'mainrun_nb/memory.py'),
                                    'mainrun_nb.memory.check_budget': ('memory.html#check_budget', 'mainrun_nb/memory.py'),
