@@ -26,6 +26,7 @@ class TokenInfo:
     positions: Tensor  # (T,) place of each token in its row
     titles: Tensor | None = None  # (B, T) number of the title each token belongs to, rising along a row; None: no title mask
     _mask: Tensor | None = field(default=None, repr=False)  # made once (`cached_property` holds a lock that torch.compile refuses)
+    _bias: Tensor | None = field(default=None, repr=False)  # likewise
     _turns: tuple[Tensor, Tensor] | None = field(default=None, repr=False)  # likewise
 
     @property
@@ -35,9 +36,15 @@ class TokenInfo:
             self._mask = allowed(self.positions, self.positions, self.titles, self.titles)
         return self._mask
 
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        "The mask as numbers to add to scores of that type (`as_bias`, below)."
+        if self.mask is not None and (self._bias is None or self._bias.dtype != dtype):
+            self._bias = as_bias(self.mask, dtype)
+        return self._bias
+
     def turns(self, head_dim: int) -> tuple[Tensor, Tensor]:
-        "Cosine and sine of the angles of rotary positions (below), each (T, head_dim / 2); in a model all heads have one size."
-        if self._turns is None or self._turns[0].shape[1] != head_dim // 2:
+        "Cosine and sine of the angles of rotary positions (below), each (T, head_dim); in a model all heads have one size."
+        if self._turns is None or self._turns[0].shape[1] != head_dim:
             self._turns = turns(self.positions, head_dim)
         return self._turns
 
@@ -114,7 +121,7 @@ def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     "What to add to the scores: 0 where a boolean mask allows, -inf where not; numbers as they are."
     if mask.is_floating_point():
         return mask
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
 
 # %% ../nbs/10_attention.ipynb #9a5d63b8
 def attend_fast(
@@ -140,22 +147,23 @@ def turns(
     positions: Tensor,  # (T,)
     head_dim: int,  # even
     base: float = 10_000.0,
-) -> tuple[Tensor, Tensor]:  # cosine and sine, each (T, head_dim / 2)
+) -> tuple[Tensor, Tensor]:  # each (T, head_dim): the cosine twice, and the sine, first with a minus
     "The angles of rotary positions, in float32."
     half = head_dim // 2
     theta = base ** (-torch.arange(half, device=positions.device, dtype=torch.float32) / half)
     angle = positions[:, None].float() * theta
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)
 
 
 def rotate(
     x: Tensor,  # (..., T, D), D even
-    cos: Tensor,  # (T, D / 2)
-    sin: Tensor,  # (T, D / 2)
+    cos: Tensor,  # (T, D)
+    sin: Tensor,  # (T, D)
 ) -> Tensor:  # (..., T, D)
-    "Rotary position embedding (Su et al. 2021, arXiv:2104.09864), computed in float32."
-    a, b = x.float().chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+    "Rotary position embedding (Su et al. 2021, arXiv:2104.09864), computed in float32: x cos + x' sin, x' with its halves exchanged."
+    wide = x.to(torch.float32, memory_format=torch.contiguous_format)
+    return (wide.roll(x.shape[-1] // 2, -1) * sin).add_(wide * cos).to(x.dtype)
 
 # %% ../nbs/10_attention.ipynb #adf1c735
 class KVCache:
@@ -216,13 +224,18 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, info: TokenInfo, cache: Any = None) -> Tensor:
         "(B, T, d_model) to (B, T, d_model); with a cache, `x` continues the text that the cache holds."
         B, T, _ = x.shape
-        q, k, v = qkv = self.qkv(x).view(B, T, 3, self.n_head, self.head_dim).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        if self.common.position == "rope":
-            q, k = rotate(qkv[:2], *info.turns(self.head_dim))
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv if self.common.position != "rope" else self.rotated(qkv, info)  # each (B, H, T, D)
         y = self.attend(q, k, v, info, cache, x)
         if self.gate is not None:
             y = y * self.gate(x).sigmoid().transpose(1, 2)[..., None]
         return self.out(y.transpose(1, 2).reshape(B, T, -1))
+
+    def rotated(self, qkv: Tensor, info: TokenInfo) -> tuple[Tensor, Tensor, Tensor]:
+        "Queries and keys at their rotary positions, and the values: (3, B, H, T, D) to three of (B, H, T, D)."
+        qk, v = qkv.split((2, 1))
+        q, k = rotate(qk, *info.turns(self.head_dim))
+        return q, k, v.squeeze(0)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, info: TokenInfo, cache: Any, x: Tensor) -> Tensor:
         "Mix values: (B, H, T, D) to (B, H, T, D). `x` is the layer's input, for variants that score tokens."
@@ -243,7 +256,7 @@ class CausalAttention(Attention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, info: TokenInfo, cache: Any, x: Tensor) -> Tensor:
         if cache is None:
-            return attend_fast(q, k, v, info.mask, self.drop)
+            return attend_fast(q, k, v, info.bias(q.dtype), self.drop)
         k, v, titles = cache.append(k, v, info.titles)
         k_pos = torch.arange(cache.length, device=q.device)
         alone = q.shape[2] == 1 and titles is None

@@ -155,7 +155,7 @@ class Hyperparams:
     title_mask: bool = False  # a title attends only to itself
     rows: str = one_of("stream", "titles")  # titles: a row of a batch holds whole titles, padded (chapter 03); needs title_mask
     shuffle: bool = False  # draw the order of the titles anew for each pass, from the seed
-    loss_chunk: int = at_least(0, 512)  # rows of logits alive at once in the loss, on a GPU four times as many; 0 is all of them
+    loss_chunk: int = at_least(0, 512)  # rows of logits alive at once in the loss, on a GPU four times as many or more; 0 is all of them
     checkpoint_activations: bool = False  # recompute each block in the backward pass: less memory, more time
     compile: bool = False  # torch.compile
     device: str = one_of("auto", "cpu", "cuda", "mps")  # auto: CUDA where it works; mps (a Mac's GPU) is untried

@@ -278,9 +278,9 @@ def attention_distance(
     "Attention distance in tokens and the shares near, outside the title and on `<eos>`, per head. `InputError` for sparse attention."
     looks = _Looks({}, ids, ids, near)
     with scoring(model) as device, watching(model, looks):
-        for x, _ in windows(ids, model.context_length, batch_size):
-            looks.titles, looks.eos = title_numbers(x.to(device)), x.to(device) == EOS
-            model.features(x.to(device))
+        for x, _ in windows(ids.to(device), model.context_length, batch_size):
+            looks.titles, looks.eos = title_numbers(x), x == EOS
+            model.features(x)
     names, found = ("distance", "near", "outside", "eos"), []
     for layer, sums in sorted(looks.sums.items()):
         for head, values in enumerate((sums / len(ids)).tolist()):

@@ -327,7 +327,7 @@ class GPT(Decoder):
         vocab_size: int,
         context_length: int,
         title_mask: bool = False,  # a title attends only to itself
-        loss_chunk: int = 512,  # rows of logits alive at once in the loss, on a GPU four times as many; 0 is all of them
+        loss_chunk: int = 512,  # rows of logits alive at once in the loss, on a GPU four times as many or more; 0 is all of them
         checkpoint_activations: bool = False,  # recompute each block in the backward pass
         pairs: Pairs | None = None,  # of a vocabulary with letters and case apart
     ) -> None:
@@ -363,7 +363,7 @@ class GPT(Decoder):
         passes, targets, head = 2 if r_drop else 1, targets.flatten(), self.case_head
         hidden = self.features(idx.repeat(passes, 1)).flatten(0, 1).chunk(passes)  # each (B*T, d)
         pieces = targets if head is None else head.pieces(targets)
-        chunk = self.loss_chunk * (4 if idx.is_cuda else 1)  # a GPU has the room, and each chunk costs it some sixty launches
+        chunk = self.loss_chunk * (max(4, len(targets) // 4096) if idx.is_cuda else 1)  # each costs it some thirty launches
         loss = linear_cross_entropy(hidden, self.head_weight, pieces, chunk, r_drop)
         return None, loss if head is None else loss + case_loss(head, hidden, self.head_weight, targets, r_drop)
 

@@ -127,7 +127,8 @@ def chunk_gradients(
         if g.dtype == d_head.dtype:
             d_head.addmm_(g.T, h)
         else:
-            for some, part in zip(d_head.split(1024), g.split(1024, 1), strict=True):  # the copy in float32 is to be a small one
+            few = 1024 if d_head.device.type == "cpu" else len(d_head)  # the copy in float32 is to be a small one
+            for some, part in zip(d_head.split(few), g.split(few, 1), strict=True):
                 some += (part.T @ h).float()
     return loss, d_rows
 

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import flop_registry
 
 from .config import Config, InputError
 from .models import build_model
-from .optim import EMA, build_optimizer, train_step
+from .optim import EMA, build_optimizer, guarded_step, train_step
 from .runtime import matrix_rate, signals_later
 
 # %% ../nbs/22_memory.ipynb #6695e907
@@ -134,6 +134,14 @@ class Deadline(TorchDispatchMode):
             raise TooLong
         return func(*args, **(kwargs or {}))
 
+# %% ../nbs/22_memory.ipynb #a5dc305b
+def begin_state(model: nn.Module, optimizer: Any) -> None:
+    "Let an optimizer remember what it does after a first update."
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    guarded_step(optimizer, torch.ones((), dtype=torch.bool))
+    optimizer.zero_grad()
+
 # %% ../nbs/22_memory.ipynb #6ad89e4f
 def simulate_step(
     cfg: Config,
@@ -141,7 +149,7 @@ def simulate_step(
     until: float = math.inf,  # on the monotonic clock
     place: torch.device = CPU,  # where the tensors seem to be; another device must be here
 ) -> tuple[dict[str, int], list[LayerMemory]]:  # bytes per part at the moment of the peak; what each layer costs
-    "Run two training steps on fake tensors and count what they would allocate. Raises `TooLong` when the time is over."
+    "Run a training step, not the first, on fake tensors and count what it would allocate. Raises `TooLong` when the time is over."
     from torch.distributed._tools.mem_tracker import MemTracker
 
     hp, tracker = cfg.hyperparams, MemTracker()
@@ -155,8 +163,8 @@ def simulate_step(
         x, y = (torch.zeros(hp.batch_size, hp.context_length, dtype=torch.long) for _ in range(2))
         tracker.track_external(model, optimizer, x, y, *(ema.average.values() if ema else ()))
         with tracker:
-            for _ in range(2):
-                train_step(_Fresh(model, tracker), optimizer, x[:rows], y[:rows], few, None, ema)  # type: ignore[arg-type]
+            begin_state(model, optimizer)
+            train_step(_Fresh(model, tracker), optimizer, x[:rows], y[:rows], few, None, ema)  # type: ignore[arg-type]
         peak = tracker.get_tracker_snapshot("peak")[place]
         return _parts(peak), _layers(model, tracker, place)
 

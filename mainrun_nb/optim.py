@@ -91,40 +91,61 @@ def orthogonal(
 STACK = 2**25  # numbers in a stack at most: beyond, it costs memory and saves no time
 
 
-def stacks(params: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    "Those that have a gradient, by shape; one and its transpose count as one shape."
-    shapes: dict[tuple[int, ...], list[nn.Parameter]] = {}
+def stacks(params: list[nn.Parameter]) -> Iterator[list[list[Tensor]]]:
+    "Those that have a gradient, a stack at a time, and in it by shape; one and its transpose lie in one stack."
+    shapes: dict[tuple[int, ...], list[Tensor]] = {}
     for p in (p for p in params if p.grad is not None):
         shapes.setdefault(tuple(sorted(p.shape)), []).append(p)
     for (r, c), alike in shapes.items():
         n = max(1, STACK // (r * c))
-        yield from (alike[i : i + n] for i in range(0, len(alike), n))
+        for some in (alike[i : i + n] for i in range(0, len(alike), n)):
+            yield [[p for p in some if p.shape == shape] for shape in dict.fromkeys(p.shape for p in some)]
+
+
+def wide(x: Tensor) -> Tensor:
+    "A matrix on its wider side."
+    return x if x.shape[0] <= x.shape[1] else x.mT
 
 # %% ../nbs/21_optim.ipynb #8621cb9e
 class Muon(Optimizer):
     "Muon (Jordan et al. 2024) with Nesterov momentum and decoupled weight decay, on matrices; it calculates in stacks of equal shapes."
 
+    _step_supports_amp_scaling = True
+    found_inf: Tensor | None = None  # not 0: the step changes nothing
+
     def __init__(self, params: Any, lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
-    def _ahead(self, p: Tensor, momentum: float) -> Tensor:
-        "The gradient after momentum and look-ahead, lying on its wider side; the momentum is brought up to date."
-        assert p.grad is not None
-        buffer = self.state[p].get("momentum_buffer")
-        if buffer is None:
-            buffer = self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
-        ahead = p.grad.lerp(buffer.lerp_(p.grad, 1 - momentum), momentum)
-        return ahead if ahead.shape[0] <= ahead.shape[1] else ahead.mT
+    def _ahead(self, alike: list[Tensor], momentum: float, skip: Tensor | None) -> list[Tensor]:
+        "The gradients of one shape after momentum and look-ahead; the momentum is brought up to date."
+        grads: list[Any] = [p.grad for p in alike]
+        for p, grad in zip(alike, grads, strict=True):
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(grad)
+        buffers = [self.state[p]["momentum_buffer"] for p in alike]
+        if skip is not None:
+            grads = list(torch.where(skip, torch.stack(buffers), torch.stack(grads)))
+        torch._foreach_lerp_(buffers, grads, 1 - momentum)
+        return list(torch._foreach_lerp(grads, buffers, momentum))
+
+    def _move(self, alike: list[Tensor], updates: Tensor, kept: Any, lr: float) -> None:
+        "Decay the weights of one shape to the share `kept`, and move them by the updates (n, r, c)."
+        n, m = alike[0].shape
+        torch._foreach_mul_(alike, kept)
+        torch._foreach_add_(alike, list(updates.contiguous()), alpha=-lr * math.sqrt(max(1, n / m)))
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        skip = None if self.found_inf is None else self.found_inf > 0
         for group in self.param_groups:
-            for alike in stacks(group["params"]):
-                updates = orthogonal(torch.stack([self._ahead(p, group["momentum"]) for p in alike])).float()
-                for p, update in zip(alike, updates, strict=True):
-                    n, m = p.shape
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update if n <= m else update.mT, alpha=-group["lr"] * math.sqrt(max(1, n / m)))
+            kept: Any = 1 - group["lr"] * group["weight_decay"]
+            kept = kept if skip is None else torch.where(skip, 1, kept)
+            for parts in stacks(group["params"]):
+                ahead = [wide(x) for alike in parts for x in self._ahead(alike, group["momentum"], skip)]
+                updates = orthogonal(torch.stack(ahead)).float()
+                updates = updates if skip is None else updates.masked_fill_(skip, 0)
+                for alike, some in zip(parts, updates.split([len(alike) for alike in parts]), strict=True):
+                    self._move(alike, some if some.shape[1:] == alike[0].shape else some.mT, kept, group["lr"])
 
 # %% ../nbs/21_optim.ipynb #575556ee
 class MuonAdamW(Optimizer):
@@ -307,8 +328,18 @@ class EMA:
     @torch.no_grad()
     def update(self, ok: Tensor) -> None:  # bool scalar, on the weights' device
         "Move the average towards the weights; where `ok` is false, not at all."
-        for name, average in self.average.items():
-            average.copy_(torch.where(ok, average.lerp(self.params[name], 1 - self.decay), average))
+        if ok.is_cuda:
+            self._follow(ok)
+        elif hasattr(ok, "fake_mode") or ok:  # a fake tensor has no value
+            torch._foreach_lerp_(list(self.average.values()), list(self.params.values()), 1 - self.decay)
+
+    @torch.no_grad()
+    def _follow(self, ok: Tensor) -> None:
+        "What `update` does on a GPU, without waiting to know `ok`."
+        averages = list(self.average.values())
+        apart = torch._foreach_sub(list(self.params.values()), averages)
+        torch._foreach_mul_(apart, ok * (1 - self.decay))
+        torch._foreach_add_(averages, apart)
 
     @torch.no_grad()
     def _swap(self) -> None:
@@ -419,9 +450,9 @@ def step_and_select(
 
 # %% ../nbs/21_optim.ipynb #fd37717b
 def _takes_flag(optimizer: Optimizer) -> bool:
-    "Whether the optimizer's kernels skip on `found_inf` and leave its state as it was."
-    momentum = any(group.get("momentum") for group in optimizer.param_groups)
-    return getattr(optimizer, "_step_supports_amp_scaling", False) and not momentum
+    "Whether the optimizer skips on `found_inf` and leaves its state as it was."
+    fresh = isinstance(optimizer, torch.optim.SGD) and any(group["momentum"] for group in optimizer.param_groups)
+    return getattr(optimizer, "_step_supports_amp_scaling", False) and not fresh
 
 
 def _step_with_flag(optimizer: Any, ok: Tensor) -> None:

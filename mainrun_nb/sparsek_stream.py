@@ -51,8 +51,8 @@ class Grid:
         return self.rows * self.rule.chunk * self.keys <= 2**20
 
     def blocks(self, device: torch.device, pairs: int = 2**18) -> list[slice]:
-        "Runs of rows worked on together: about `pairs` attention weights on CPU (1 MB, its cache), 64 times as many on a GPU."
-        size = max(1, (pairs if device.type == "cpu" else 64 * pairs) // (self.rule.chunk * self.keys))
+        "Runs of rows worked on together: about `pairs` attention weights on CPU (1 MB, its cache), 256 times as many on a GPU."
+        size = max(1, (pairs if device.type == "cpu" else 256 * pairs) // (self.rule.chunk * self.keys))
         return [slice(a, min(a + size, self.rows)) for a in range(0, self.rows, size)]
 
     def cut(self, x: Tensor) -> Tensor:
@@ -110,14 +110,19 @@ def running_sums(x: Tensor) -> Tensor:
     return out
 
 
-def first_place(fails: Callable[[Tensor], Tensor], n: int, like: Tensor) -> Tensor:
-    "For each entry of `like`, the first s in 0 .. n - 1 where fails(s), true up to a place and false from there, is false; else n - 1."
-    s = torch.zeros_like(like, dtype=torch.long)
+def first_place(fails: Callable[[Tensor], Tensor], n: int, like: Tensor, ways: int = 2) -> Tensor:
+    """For each entry of `like`, the first s in 0 .. n - 1 where fails(s), true up to a place and false from there, is false; else n - 1.
+
+    `fails` takes several places for each entry, (..., m), and says it of each; a search goes on in one of `ways` parts.
+    """
+    s = torch.zeros_like(like, dtype=torch.long)[..., None]
     while n > 1:
-        half = n // 2
-        s.add_(fails(s + (half - 1)), alpha=half)
-        n -= half
-    return s
+        parts = min(ways, n)
+        step = n // parts
+        ends = torch.arange(1, parts, device=s.device) * step - 1
+        s.add_(fails(s + ends).sum(-1, keepdim=True), alpha=step)
+        n -= (parts - 1) * step  # what the last part has
+    return s[..., 0]
 
 
 def break_points(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,17 +207,19 @@ class Candidates:
         "The tau (G, c) with f(tau) = k, on the scale of z, for every query that has more than k candidates."
         points, before = break_points(self.z)
 
-        def line(t: Tensor) -> tuple[Tensor, Tensor]:  # f(x) = area - slope * x just above the break point t
-            places = before.gather(2, t[:, None].expand(-1, 2, -1)).transpose(1, 2)  # how many z, and how many z - 1, stand before
-            n, total = self.count_and_sum(places.minimum(limit[..., None]))
+        def line(t: Tensor) -> tuple[Tensor, Tensor]:  # f(x) = area - slope * x just above the break points t (G, c, m)
+            places = before.gather(2, t.flatten(1)[:, None].expand(-1, 2, -1)).transpose(1, 2)  # how many z, and z - 1, stand before
+            places = places.reshape(*t.shape[:2], -1).minimum(limit[..., None])
+            n, total = (x.view(*t.shape, 2) for x in self.count_and_sum(places))
             return n[..., 0] - n[..., 1], total[..., 0] - total[..., 1] + n[..., 1]
 
         def short(t: Tensor) -> Tensor:  # f(b_t) < k
             slope, area = line(t)
-            return area.sub_(slope * points.gather(1, t)) < k - EDGE
+            return area.sub_(slope * points.gather(1, t.flatten(1)).view(t.shape)) < k - EDGE
 
-        slope, area = line(first_place(short, points.shape[1], limit).clamp(min=1))
-        return (area - k) / slope.clamp(min=1)
+        ways = 2 if limit.device.type == "cpu" else 16  # a GPU has the room to try many, and each round costs it some thirty launches
+        slope, area = line(first_place(short, points.shape[1], limit, ways).clamp(min=1)[..., None])
+        return ((area - k) / slope.clamp(min=1))[..., 0]
 
     def choose(self, k: int, C: int) -> Choice:
         "Decide for every query."

@@ -30,7 +30,8 @@ PRIVATE = {
     ("memory", "torch._subclasses"): "FakeTensorMode: tensors without memory, the only way to run a step that does not fit",
     ("memory", "torch.distributed._tools"): "MemTracker: what each tensor of a step is for; it is published under this path only",
     ("memory", "torch.utils._python_dispatch"): "TorchDispatchMode: documented as a tutorial, published under this path only",
-    ("optim", "_step_supports_amp_scaling"): "how torch's optimizers say that they take GradScaler's tensors themselves",
+    **{("optim", f"torch._foreach_{name}"): "many tensors in one kernel, what torch's own optimizers are made of; it has no public name"
+       for name in ("add_", "lerp", "lerp_", "mul_", "sub")},
     ("sparse_attention", "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu"): "the flash kernel that also gives the log-sum-exp",
     ("sparse_attention", "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward"): "its gradient",
 }
@@ -222,7 +223,8 @@ def test_no_patching_of_our_own_classes():
 
 def is_private(name: str) -> bool:
     """Whether a name begins with one underscore; `__init__` and IPython's `_repr_html_` are no private names."""
-    return name.startswith("_") and not name.endswith("_") and name not in DOCUMENTED
+    outside = name.startswith("__") or (name.startswith("_repr_") and name.endswith("_"))
+    return name.startswith("_") and not outside and name not in DOCUMENTED
 
 
 def private_names(node: ast.AST) -> set[str]:

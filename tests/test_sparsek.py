@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mainrun_nb import sparsek_stream
 from mainrun_nb.attention import AttnCommon, TokenInfo, build_attention
 from mainrun_nb.config import InputError, SparseKAttnConfig, load_config
 from mainrun_nb.models import build_model
 from mainrun_nb.sparsek import PlainSparseK, Selection, ages, competitors, sparsek, sparsek_plain, sparsek_tau
-from mainrun_nb.sparsek_stream import Grid, Plan, SparseKAttention, SparseKCache, sparsek_fast
+from mainrun_nb.sparsek_stream import Grid, Plan, SparseKAttention, SparseKCache, first_place, sparsek_fast
 
 torch.set_num_threads(1)
 
@@ -106,6 +107,18 @@ def test_fast_is_plain_in_float32_over_many_blocks(titled):
     assert torch.allclose(plain, fast, atol=1e-5)
     for a, b in zip(torch.autograd.grad(plain, inputs, g), torch.autograd.grad(fast, inputs, g), strict=True):
         assert torch.allclose(a, b, atol=1e-5 * max(1.0, float(a.abs().max())))
+
+
+@pytest.mark.parametrize("titled", [False, True])
+@pytest.mark.parametrize("ways", [3, 16])
+def test_the_wide_search_of_a_gpu_finds_the_same_thresholds(titled, ways, monkeypatch):
+    rule, inputs = Selection(3, 9, 5, 8), tensors(2, 2, 150, ties=True)
+    titles = some_titles(2, 150) if titled else None
+    plan = lambda: Plan.of(inputs[3].detach(), titles, Grid(rule, 2, 2, 150)).choice  # noqa: E731
+    narrow = plan()
+    monkeypatch.setattr(sparsek_stream, "first_place", lambda fails, n, like, _: first_place(fails, n, like, ways))
+    for name, a, b in zip(narrow._fields, narrow, plan(), strict=True):
+        assert torch.equal(a, b), name
 
 
 def test_chunk_changes_nothing():

@@ -7,35 +7,52 @@ from conftest import ALL
 from memory import cases, compare
 from pretended import watching
 from steps import steps
+from test_runs import MODELS, SMALL
 
 from mainrun_nb.config import load_config
 from mainrun_nb.device import pick_device
-from mainrun_nb.evaluate import evaluate
+from mainrun_nb.evaluate import attention_distance, evaluate
 from mainrun_nb.models import build_model
 
 SWEEPS = Path(__file__).resolve().parents[2] / "sweeps"
-LAUNCHES = {"base/baseline": 440, "sota/small": 1365, "sota/full": 4285, "base/sparsek": 10_000}  # eager, with a margin of 3 %
+# Launches of an eager step, with a margin of 3 %.
+LAUNCHES = {"base/baseline": 447, "base/baseline hyperparams.amp_bool=true": 598, "sota/small": 629, "sota/full": 1398,
+            "base/sparsek": 5165}
 
 
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_launches_of_a_step(name):
-    seen, _ = steps(load_config(SWEEPS / f"{name}.yaml", ["data.source=synthetic", "hyperparams.device=cuda"]))
+    file, *over = name.split()
+    seen, _ = steps(load_config(SWEEPS / f"{file}.yaml", ["data.source=synthetic", "hyperparams.device=cuda", *over]))
     print(f"{name}: {seen.launches / 2:.0f} launches a step")
     assert not seen.waits, "the host waits for the device inside a step"
     assert 0 < seen.launches / 2 <= LAUNCHES[name]
 
 
-def test_an_evaluation_waits_once():
-    cfg = load_config(None, ["model_configs.gpt.n_layer=1", "hyperparams.vocab_size=600"])
+@pytest.mark.parametrize("name", ["causal", "unet", "fixed", "merged", "sparsek"])
+def test_an_evaluation_waits_once(name):
+    """At its end, for the whole stream's loss and for the challenge's, however many batches there are."""
+    cfg = load_config(None, [*SMALL, *MODELS[name], "hyperparams.title_mask=true"])
     model = build_model(cfg, 600).to(pick_device("cuda"))
     found = {}
     for batches in (2, 8):
-        ids = torch.ones(batches * 4 * 128, dtype=torch.long)
-        evaluate(model, ids, ["title"], 128, 4, challenge=False)
-        with watching() as seen:
-            evaluate(model, ids, ["title"], 128, 4, challenge=False)
+        ids = torch.ones(batches * 4 * 64 + 5, dtype=torch.long)
+        for _ in range(2):  # the first time loads what is loaded lazily
+            with watching() as seen:
+                evaluate(model, ids, ["title"], 64, 4)
         found[batches] = sum(seen.waits.values())
-    assert found[2] == found[8] <= 6  # the titles' copy, the opening <eos>, and the one number at the end, each with its wait
+    assert found[2] == found[8] <= 8  # copies and waits: the stream, the opening <eos>, and the two losses
+
+
+def test_attention_distance_waits_at_its_end():
+    model = build_model(load_config(None, SMALL), 600).to(pick_device("cuda"))
+    found = {}
+    for batches in (2, 8):
+        for _ in range(2):
+            with watching() as seen:
+                attention_distance(model, torch.ones(batches * 4 * 64, dtype=torch.long), batch_size=4)
+        found[batches] = sum(seen.waits.values())
+    assert found[2] == found[8]
 
 
 QUICK = ("base/quickstart", "base/baseline", "sota/small_control", "base/sparse")
