@@ -109,7 +109,8 @@ def of_cased(budget: list[str], changes: dict[str, list[str]]) -> Study:
 
 def screen3() -> Study:
     "Letters and case apart, and one change at a time, on two epochs."
-    return of_cased(["hyperparams.epochs=2"], {"cased": [], "decay-0.6": ["hyperparams.decay=0.6"], "batch-8": ["hyperparams.batch_size=8"]})
+    changes = {"cased": [], "decay-0.6": ["hyperparams.decay=0.6"], "batch-8": ["hyperparams.batch_size=8"]}
+    return of_cased(["hyperparams.epochs=2"], changes)
 
 
 def half() -> Study:
