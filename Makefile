@@ -8,6 +8,8 @@ tested = import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 newer  = import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c '$(tested)' 2>/dev/null && echo $$p && exit; done; \
 	python3 -c '$(newer)' 2>/dev/null && echo python3)
+checked = test -n "$(PYTHON)" && $(PYTHON) -c '$(newer)' || { echo "No Python 3.11 or newer found$(if $(PYTHON),: $(PYTHON) is older or \
+	does not start). Install one, or say: make PYTHON=/path/to/python3 ..." >&2; exit 2; }
 SHELL_SCRIPTS := .ci/run $(wildcard .github/scripts/*.sh docker/*.sh)
 WORKFLOWS := $(wildcard .github/workflows/*.yml)
 
@@ -16,10 +18,10 @@ help:  ## what there is
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
 
 $(BIN)/python:
-	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer found. Install one, or say: make PYTHON=/path/to/python3 ..." >&2; exit 2; }
+	@$(checked)
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
-$(VENV)/.runtime: $(BIN)/python settings.ini setup.py pyproject.toml constraints.txt
+$(VENV)/.runtime: $(BIN)/python settings.ini setup.py constraints.txt
 	@echo "Installing mainrun_nb into $(VENV) (some minutes the first time) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	@touch $@
@@ -52,8 +54,8 @@ test: lint  ## the linters, then every test on all cores (MAINRUN_SLOW=1 for the
 	$(BIN)/python -m pytest --numprocesses logical --dist worksteal $(ARGS)
 
 # The CUDA build of PyTorch, some 5 GB, in an environment of its own: pip's usual index has it, a folder of local wheels may have another.
-$(CUDA_VENV)/.done: settings.ini setup.py pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer found. Install one, or say: make PYTHON=/path/to/python3 ..." >&2; exit 2; }
+$(CUDA_VENV)/.done: settings.ini setup.py constraints.txt
+	@$(checked)
 	@command -v $${CXX:-c++} >/dev/null || { echo "make test-cuda: needs a C++ compiler (Debian: apt-get install g++)" >&2; exit 2; }
 	$(PYTHON) -m venv $(CUDA_VENV) || { rm -rf $(CUDA_VENV); exit 1; }
 	@echo "Installing the CUDA build of PyTorch into $(CUDA_VENV) (half a GB to fetch, minutes) ..."

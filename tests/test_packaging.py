@@ -335,6 +335,10 @@ def test_make_site_says_what_is_missing_and_forgets_what_it_built(bare):
     assert done.returncode == 2 and "No npm found" in done.stderr and not (bare / ".venv/.site").exists()
 
 
-def test_make_says_when_there_is_no_python(bare):
-    done = subprocess.run(["make", "quickstart", "PYTHON="], cwd=bare, capture_output=True, text=True)
-    assert done.returncode == 2 and "No Python 3.11 or newer found" in done.stderr and not (bare / ".venv").exists()
+@pytest.mark.parametrize("python, found", [("", "found."), ("./old", "found: ./old is older"), ("./none", "found: ./none is older or does not start")])
+@pytest.mark.parametrize("target", ["quickstart", "test-cuda"])
+def test_make_says_when_there_is_no_python(bare, python, found, target):
+    (bare / "old").write_text("#!/bin/sh\nexit 1\n")
+    (bare / "old").chmod(0o755)
+    done = subprocess.run(["make", target, f"PYTHON={python}"], cwd=bare, capture_output=True, text=True)
+    assert done.returncode == 2 and f"No Python 3.11 or newer {found}" in done.stderr and not list(bare.glob(".venv*"))
