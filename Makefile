@@ -93,9 +93,10 @@ site: $(VENV)/.site  ## the chapters as a website: build/site/index.html
 faults: $(VENV)/.all  ## every fault of tests/faults/, with a table at the end
 	$(BIN)/python tests/faults $(ARGS)
 
-# recipes.py is left out: its studies are trainings of hours, each asked for by its name.
+# What trains for hours, or compares what has to be made first, is asked for by its name.
+BY_NAME := $(addprefix benchmarks/,recipes.py repetition.py far.py cased.py commits.py)
 bench: $(VENV)/.all  ## every measurement of benchmarks/, one after the other
-	@for f in $(filter-out benchmarks/_% benchmarks/recipes.py,$(wildcard benchmarks/*.py)); do echo "== $$f"; $(BIN)/python $$f || exit 1; done
+	@for f in $(filter-out benchmarks/_% $(BY_NAME),$(wildcard benchmarks/*.py)); do echo "== $$f"; $(BIN)/python $$f || exit 1; done
 
 readme: $(VENV)/.dev  ## README.md from nbs/index.ipynb
 	$(BIN)/nbdev-test nbs/index.ipynb --save

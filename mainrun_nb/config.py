@@ -193,7 +193,7 @@ class GPTConfig:
     mlp_ratio: float = positive(4.0)  # width of the MLP over the width of the block (swiglu: times 2/3)
     bias: bool = True  # biases in the linear layers and norms
     tied: bool = True  # the head shares the embedding's weights
-    embedding_cutoff: int = at_least(0, 0)  # rarer ids, from this one on, share a matrix and have `embedding_rank` numbers each; 0: none
+    embedding_cutoff: int = at_least(0, 0)  # later, rarer ids share a matrix and have `embedding_rank` numbers each; 0: none
     embedding_rank: int = positive(32)
     residual_scaling: bool = False  # initialise residual outputs smaller, by 1 / sqrt(2 n_layer)
     output_gate: bool = False  # a sigmoid gate per attention head

@@ -125,8 +125,6 @@ def init_weights(
                     module.weight.mul_(residual_factor)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
-        if name.rpartition(".")[2] == "expand":  # its products are as large as what it multiplies
-            nn.init.normal_(module.weight, std=module.in_features**-0.5)
 
 # %% ../nbs/15_gpt.ipynb #d437fd4f
 CASE_WIDTH = 64  # of the layer in which state and piece meet
@@ -198,6 +196,12 @@ class AdaptiveEmbedding(nn.Module):
         self.num_embeddings = vocab_size
         self.common, self.rare = nn.Embedding(cutoff, width), nn.Embedding(vocab_size - cutoff, rank)
         self.expand = nn.Linear(rank, width, bias=False)
+
+    def match_sizes(self) -> None:
+        "Initialise the shared matrix so that rare vectors are as large as the others."
+        nn.init.normal_(self.expand.weight, std=self.expand.in_features**-0.5)
+        with torch.no_grad():
+            self.expand.weight.mul_(self.common.weight.std() / self.rare.weight.std())
 
     @property
     def weight(self) -> Tensor:
@@ -335,6 +339,8 @@ class GPT(Decoder):
         self.loss_chunk = loss_chunk
         self.head = None if cfg.tied else nn.Linear(cfg.d_model, self.embed.tokens.num_embeddings, bias=False)
         init_weights(self, cfg.init_method, cfg.d_model, (2 * len(self.blocks)) ** -0.5 if cfg.residual_scaling else 1.0)
+        if isinstance(self.embed.tokens, AdaptiveEmbedding):
+            self.embed.tokens.match_sizes()
 
     @property
     def head_weight(self) -> Tensor:
@@ -343,11 +349,12 @@ class GPT(Decoder):
 
     def logits(self, hidden: Tensor) -> Tensor:
         "Scores over all ids: (..., d_model) to (..., V)."
-        scores = F.linear(hidden, self.head_weight)
+        weight = self.head_weight
+        scores = F.linear(hidden, weight)
         if self.case_head is None:
             return scores
         rows = hidden.flatten(0, -2).split(16)  # (16, pieces, CASE_WIDTH) numbers at once
-        case = torch.cat([self.case_head.all_ids(h, self.head_weight) for h in rows])
+        case = torch.cat([self.case_head.all_ids(h, weight) for h in rows])
         return scores[..., self.case_head.piece].float() + case.view(*hidden.shape[:-1], -1)
 
     def token_nats(self, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ from .tokenizer import SPECIALS, Tokenizer, disguise, load_tokenizer
 # %% ../nbs/28_hub.ipynb #40831dc2
 _GPT2_FORM = {
     "norm_type": "pre", "norm": "layernorm", "attention_layer": "causal", "position": "learned", "bias": True, "output_gate": False,
-    "layer_scale": 0.0, "restart_positions": False, "embedding_cutoff": 0,
+    "layer_scale": 0.0, "restart_positions": False,
 }
 _GPT2_BENDS = {"gelu": "gelu", "relu": "relu", "gelu_tanh": "gelu_new"}  # ours -> theirs
 
@@ -57,6 +57,8 @@ def refuse_for_gpt2(model: GPT) -> None:
         raise InputError(f"{no} intermediate_dim={bottleneck}: only 0")
     if model.title_mask:
         raise InputError(f"{no} title_mask=True: only False")
+    if not isinstance(model.embed.tokens, nn.Embedding):
+        raise InputError(f"{no} embedding_cutoff={cfg.embedding_cutoff}: only 0")
     if model.case_head is not None:
         raise InputError(f"{no} tokens with letters and case apart (tokenizer.kind=cased): only one embedding for each token")
 

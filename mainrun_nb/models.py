@@ -76,7 +76,9 @@ def check_size(section: GPTConfig, attn_section: Any, vocab_size: int, context_l
     if (total := table.pop("total")) > (most := room()):
         part = max(table, key=lambda p: table[p])
         width = "hidden_layer_list" if widths else "hidden_layer"
-        made_by = {"embedding": "vocab_size and d_model", "head": "vocab_size and d_model", "positions": "context_length and d_model",
+        shared = section.embedding_cutoff and section.embedding_rank > section.d_model
+        made_by = {"embedding": "vocab_size and embedding_rank" if shared else "vocab_size and d_model",
+                   "head": "vocab_size and d_model", "positions": "context_length and d_model",
                    "mlp": f"{width} and mlp_ratio", "projections": f"d_model and {width}"}.get(part, width)
         raise InputError(f"{made_by}: make {table[part]:.1e} parameters of the {part}, found {total:.1e} in all; at most {most:.1e}")
 

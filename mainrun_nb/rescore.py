@@ -18,7 +18,7 @@ from torch import Tensor
 # %% ../nbs/27a_rescore.ipynb #68728b34
 from .checkpoint import OpenRun, elsewhere, open_run
 from .config import Config, Hyperparams, InputError, flatten, load_config
-from .data import read_split, titles_digest, token_stream
+from .data import read_split, titles_digest, token_stream, trained_on
 from .device import device_of
 from .evaluate import challenge_windows, lost_titles, validation_metrics
 from .sources import Account, all_titles
@@ -39,6 +39,8 @@ def data_settings(run: OpenRun, overrides: Iterable[str]) -> Config:
     for text in overrides:
         if not text.startswith("data."):
             raise InputError(f"{text}: a finished run takes other settings of data only, as data.source=FILE or data.column=NAME")
+        if text.startswith("data.train_share"):
+            raise InputError(f"{text}: has been decided by training; the references are counted on the same titles")
     own = [f"{k}={json.dumps(v)}" for k, v in flatten(run.cfg).items() if k.startswith("data.")]
     return replace(run.cfg, data=load_config(None, [*own, *overrides]).data)
 
@@ -71,5 +73,5 @@ def evaluate_run(
     lost = lost_titles(ids, val, run.tokenizer)
     metrics = {"step": run.checkpoint.step, "val/challenge_loss": None, "val/coverage": 0.0, "titles": len(val), "tokens": len(ids)}
     metrics |= {"lossless": not lost, **account.record(lost)}
-    counted = references(token_stream(train, run.tokenizer), ids, run.tokenizer.vocab_size, val) if train else {}
+    counted = references(token_stream(trained_on(train, run.cfg), run.tokenizer), ids, run.tokenizer.vocab_size, val) if train else {}
     return {**metrics, **validation_metrics(model, ids, val, cfg, challenge=fits_window(ids, cfg.hyperparams)), **counted}

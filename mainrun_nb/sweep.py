@@ -438,13 +438,14 @@ def trial_seconds(base: str, point: dict[str, Any]) -> float:
 
 def expected_time(sweep: Any) -> str | None:  # None where it is short, or the trials run elsewhere
     "About how long the trials left take one after the other, by three points: of a grid the first, the middle and the last."
-    search, seed = sweep.search, sweep.chooser.seed
+    search, seed, until = sweep.search, sweep.chooser.seed, time.monotonic() + 10
     grid = grid_points(search) if search.method == "grid" else None
     points = [grid[i * (grid.size - 1) // 2] if grid else random_point(search, i, seed) for i in range(3)]
+    left, each = min(sweep.wanted, grid.size if grid else sweep.wanted) - sum(sweep.ended.values()), list[float]()
     with ended_by_signals(sweep.out_dir):
-        each = sum(trial_seconds(sweep.base, point) for point in points if sweep.engine.here) / len(points)
-    left = min(sweep.wanted, grid.size if grid else sweep.wanted) - sum(sweep.ended.values())
-    return f"expected: {in_words(left * each)}" if left > 0 and each else None
+        while left > 0 and not sweep.best and sweep.engine.here and len(each) < 3 and time.monotonic() < until:
+            each.append(trial_seconds(sweep.base, points[len(each)]))
+    return f"expected: {in_words(left * sum(each) / len(each))}{' one by one' * (sweep.jobs > 1)}" if any(each) else None
 
 # %% ../nbs/31_sweep.ipynb #ce52e70f
 def run_sweep(

@@ -32,7 +32,7 @@ from .checkpoint import differences  # noqa: F401  scripts import it from here
 from .checkpoint import check_titles, elsewhere, file_digest, finished, identify, list_checkpoints, load_checkpoint
 from .checkpoint import remove_later, require_one_run, rng_state, run_lock, save_checkpoint, sealed, set_rng_state, sweep_scratch
 from .config import Config, Hyperparams, InputError, RunError, config_yaml, first_line, flatten, load_config
-from .data import Batches, fingerprint, joined_chars, read_split, reference_losses, shard_seed, steps_per_epoch, token_stream
+from .data import Batches, fingerprint, joined_chars, read_split, reference_losses, shard_seed, steps_per_epoch, token_stream, trained_on
 from .device import check_compiler, computing, numerics, pick_device
 from .evaluate import lost_titles, not_comparable, validation_metrics
 from .generate import write_titles
@@ -73,7 +73,7 @@ def prepare_data(
     train, val, account = read_split(cfg)
     seen = () if cfg.data.source == "synthetic" else val  # a floor is one only for what was fitted without these titles (chapter 01)
     tokenizer = tokenizer or train_tokenizer(train, seen, cfg.tokenizer.kind, cfg.hyperparams.vocab_size)
-    read = train[: math.ceil(cfg.data.train_share * len(train))]
+    read = trained_on(train, cfg)
     train_ids, val_ids = token_stream(read, tokenizer), token_stream(val, tokenizer)
     info = {**fingerprint(train, val, cfg, len(train_ids)), "n_train": len(read),
             "val_tokens": len(val_ids), "val_chars": joined_chars(val),

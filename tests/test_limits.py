@@ -88,6 +88,8 @@ REFUSED = {
     "model_configs.gpt.mlp_ratio=0.0005": "mlp_ratio: must leave the MLP a width of 1 or more, found 0.0005 in a block of width 32",
     "model_configs.gpt.hidden_layer=2000000000": "hidden_layer and mlp_ratio: make",
     "hyperparams.vocab_size=10000000 model_configs.gpt.d_model=1000000": "vocab_size and d_model: make 1.0e+13 parameters of the embedding",
+    "model_configs.gpt.embedding_cutoff=9 model_configs.gpt.embedding_rank=2147483647 hyperparams.vocab_size=1000":
+        "vocab_size and embedding_rank: make",
     "attn_configs.causal.n_head=64": "n_head: 64 heads do not divide the layer's width 32",
     "attn_configs.causal.n_head=4 attn_configs.causal.intermediate_dim=2": "n_head: 4 heads do not divide intermediate_dim 2",
     "model_configs.gpt.restart_positions=true": "restart_positions: needs hyperparams.title_mask=true",

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from mainrun_nb import hub, models
 from mainrun_nb.config import Config, InputError, load_config
 from mainrun_nb.generate import stream_ids, write_titles
-from mainrun_nb.gpt import GPT, parameter_formula, parameter_table
+from mainrun_nb.gpt import GPT, init_weights, parameter_formula, parameter_table
 from mainrun_nb.hub import export_gpt2, hf_tokenizer, import_gpt2
 from mainrun_nb.loss import linear_cross_entropy, loss_sum
 from mainrun_nb.models import build_model, count_parameters
@@ -600,3 +601,18 @@ def test_real_titles_are_cut_alike(kind, hn_titles):
     theirs = hf_tokenizer(tokenizer)
     theirs.encode_special_tokens = kind != "challenge"
     assert [e.ids for e in theirs.encode_batch(some[3000:])] == [tokenizer.encode(t) for t in some[3000:]]
+
+
+def test_initialising_a_users_model_goes_by_types_and_not_by_names():
+    class Theirs(nn.Module):
+        def __init__(self, name):
+            super().__init__()
+            self.add_module(name, nn.Sequential(nn.Linear(4, 4)))
+
+    weights = []
+    for name in ("expand", "other"):
+        torch.manual_seed(0)
+        model = Theirs(name)
+        init_weights(model)
+        weights.append(next(model.parameters()))
+    assert torch.equal(*weights)

@@ -13,9 +13,11 @@ import torch
 
 from mainrun_nb.checkpoint import run_lock
 from mainrun_nb.config import InputError, tiny
+from mainrun_nb.data import read_split
 from mainrun_nb.evaluate import attention_distance
 from mainrun_nb.models import build_model
 from mainrun_nb.repetition import RepetitionLaw, effective_tokens, fit_repetition
+from mainrun_nb.rescore import evaluate_run
 from mainrun_nb.scaling import (
     ScalingLaw,
     compute_optimal,
@@ -284,6 +286,19 @@ def test_the_repetition_study_is_whole_affordable_and_shared_between_processes(r
     assert made == [runs[1]["overrides"]] and repetition.done() == {names[1]}
     repetition.make(runs[0], None)
     assert [row["loss"] for row in csv.DictReader(repetition.ROWS.open())] == ["1.23457"] * 2 and repetition.done() == set(names[:2])
+
+
+def test_what_is_not_trained_on_counts_nowhere(tmp_path):
+    (tmp_path / "titles.txt").write_text("".join(f"Show HN: the number {i % 300}\n" for i in range(600)))
+    cfg = tiny(*SMALLER, f"data.source={tmp_path / 'titles.txt'}", "hyperparams.num_titles=600", "data.train_share=0.1")
+    result = train(cfg, tmp_path / "run", progress=False).metrics
+    again, (whole, val, _) = evaluate_run(tmp_path / "run"), read_split(cfg)
+    references = {k: v for k, v in result["data"].items() if k.startswith("reference/")}
+    assert references and references == {k: again[k] for k in references}
+    read, account = set(whole[: len(whole) // 10]), result["data"]["account"]
+    assert account["val_in_train"] == again["account"]["val_in_train"] == sum(title in read for title in val) < len(val) / 2
+    with pytest.raises(InputError, match=r"data\.train_share=1: has been decided by training"):
+        evaluate_run(tmp_path / "run", overrides=["data.train_share=1"])
 
 
 @pytest.mark.parametrize("share", [0, -0.5, 1.5, "half"])
