@@ -30,7 +30,7 @@ from mainrun_nb.data import load_titles
 
 ROOT = Path(__file__).resolve().parents[1]
 LEDGER = ROOT / "sweeps" / "results.csv"
-SMALL = "sweeps/base/small.yaml"
+SMALL, RECIPE = "sweeps/base/small.yaml", "sweeps/sota/small.yaml"
 COLUMNS = ["study", "name", "seed", "status", "val/loss", "val/challenge_loss", "val/coverage", "val/nats_per_token", "reference/unigram",
            "reference/bigram", "reference/kneser_ney", "lossless", "train_seconds", "tokens_per_second", "peak_memory_bytes",
            "parameters", "parameters_non_embedding", "steps", "batch_size", "context_length", "n_titles", "tokens_per_epoch", "sha256",
@@ -39,14 +39,14 @@ COLUMNS = ["study", "name", "seed", "status", "val/loss", "val/challenge_loss", 
 Study = dict[str, tuple[str, list[str]]]  # name -> configuration, overrides
 
 
-def of_small(budget: list[str], changes: dict[str, list[str]]) -> Study:
-    "small.yaml within a budget, changed in one way at a time."
-    return {name: (SMALL, [*budget, *change]) for name, change in changes.items()}
+def changed(config: str, budget: list[str], changes: dict[str, list[str]]) -> Study:
+    "A configuration within a budget, changed in one way at a time."
+    return {name: (config, [*budget, *change]) for name, change in changes.items()}
 
 
 def attention() -> Study:
     "The recipe of the small track with each attention for one pass; with and without title mask."
-    layer, base = "model_configs.gpt.attention_layer", "sweeps/sota/small.yaml"
+    layer = "model_configs.gpt.attention_layer"
     sparse = [f"{layer}=sparse", "attn_configs.sparse.n_head=6", "attn_configs.sparse.local_attn_ctx=16",
               "attn_configs.sparse.sparseblocksize=16", "attn_configs.sparse.vertsize=4", "attn_configs.sparse.num_verts=3"]
     kinds = {
@@ -56,7 +56,7 @@ def attention() -> Study:
         "sparsek": [f"{layer}=sparsek", "attn_configs.sparsek.n_head=6", "attn_configs.sparsek.k=8", "attn_configs.sparsek.window=16"],
     }
     kinds |= {f"{name}-no-mask": [*change, "hyperparams.title_mask=false"] for name, change in kinds.items()}
-    return {name: (base, ["hyperparams.epochs=1", *change]) for name, change in kinds.items()}
+    return changed(RECIPE, ["hyperparams.epochs=1"], kinds)
 
 
 PROXY = ["hyperparams.epochs=2", "hyperparams.evals_per_epoch=1"]  # 2.3 million tokens; eight to eleven minutes on one core
@@ -66,12 +66,13 @@ def control() -> Study:
     "What the recipe is measured against: AdamW, warmup and cosine, learned positions, no title mask; its best learning rate."
     plain = ["model_configs.gpt.position=learned", "hyperparams.optimizer=adamw", "hyperparams.weight_decay=0.1",
              "hyperparams.title_mask=false"]
-    return of_small([*PROXY, *plain], {f"lr-{lr}": [f"hyperparams.lr={lr}"] for lr in ("2.0e-3", "4.0e-3", "1.0e-3", "8.0e-3", "3.0e-3")})
+    rates = ("2.0e-3", "4.0e-3", "1.0e-3", "8.0e-3", "3.0e-3")
+    return changed(SMALL, [*PROXY, *plain], {f"lr-{lr}": [f"hyperparams.lr={lr}"] for lr in rates})
 
 
 def screen() -> Study:
     "small.yaml, and one change at a time."
-    return of_small(PROXY, {
+    return changed(SMALL, PROXY, {
         "small": [], "vocab-8k": ["hyperparams.vocab_size=8000"], "unigram": ["tokenizer.kind=unigram"],
         "wsd": ["hyperparams.scheduler=wsd"], "lr-2.0e-2": ["hyperparams.lr=2.0e-2"], "adamw-lr-5.0e-3": ["hyperparams.adamw_lr=5.0e-3"],
     })
@@ -80,7 +81,7 @@ def screen() -> Study:
 def screen2() -> Study:
     "The three largest gains of `screen` together, and again one change at a time."
     three = ["tokenizer.kind=unigram", "hyperparams.scheduler=wsd", "hyperparams.adamw_lr=5.0e-3"]
-    return of_small([*PROXY, *three], {
+    return changed(SMALL, [*PROXY, *three], {
         "three": [], "adamw-lr-1.0e-2": ["hyperparams.adamw_lr=1.0e-2"], "lr-2.0e-2": ["hyperparams.lr=2.0e-2"],
         "decay-0.3": ["hyperparams.decay=0.3"],
     })
@@ -102,28 +103,23 @@ WHOLE = ["hyperparams.rows=titles", "hyperparams.shuffle=true"]  # whole titles 
 ADAPTIVE = ["model_configs.gpt.embedding_cutoff=4000", "model_configs.gpt.n_layer=6"]  # few numbers for rare pieces, two more blocks
 
 
-def of_cased(budget: list[str], changes: dict[str, list[str]]) -> Study:
-    "The first recipe with letters and case apart, within a budget, changed in one way at a time."
-    return {name: ("sweeps/sota/small.yaml", [*CASED, *budget, *change]) for name, change in changes.items()}
-
-
 def screen3() -> Study:
     "Letters and case apart, and one change at a time, on two epochs."
     changes = {"cased": [], "decay-0.6": ["hyperparams.decay=0.6"], "batch-8": ["hyperparams.batch_size=8"]}
-    return of_cased(["hyperparams.epochs=2"], changes)
+    return changed(RECIPE, [*CASED, "hyperparams.epochs=2"], changes)
 
 
 def half() -> Study:
     "The same on four epochs of half the titles, at the end of which a model overfits as it does after seven of all."
     dropout = {f"dropout-{p}": [f"model_configs.gpt.dropout={p}"] for p in ("0.05", "0.15")}
-    return of_cased(["hyperparams.num_titles=50000", "hyperparams.epochs=4"], {
+    return changed(RECIPE, [*CASED, "hyperparams.num_titles=50000", "hyperparams.epochs=4"], {
         "cased": [], "weight-decay-0.1": ["hyperparams.weight_decay=0.1"], "whole-titles": WHOLE, **dropout,
         "together": [*ADAPTIVE, *WHOLE], "together-dropout-0.05": [*ADAPTIVE, *WHOLE, *dropout["dropout-0.05"]]})
 
 
 def full() -> Study:
     "All seven passes: the control, also at other rates; the final recipe, without one of its parts, and with what may be one."
-    control, final = "sweeps/sota/small_control.yaml", "sweeps/sota/small.yaml"
+    control, final = "sweeps/sota/small_control.yaml", RECIPE
     return {"control": (control, ["hyperparams.lr=2.0e-3"]), "control-lr-4.0e-3": (control, ["hyperparams.lr=4.0e-3"]),
             "final": (final, []), "cased": (final, CASED), "dropout-0.2": (final, ["model_configs.gpt.dropout=0.2"]),
             "without-muon": (final, ["hyperparams.optimizer=adamw", "hyperparams.lr=4.0e-3", "hyperparams.weight_decay=0.1"]),

@@ -485,6 +485,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mainrun_nb.gpt.mlp_width': ('gpt.html#mlp_width', 'mainrun_nb/gpt.py'),
                                 'mainrun_nb.gpt.parameter_formula': ('gpt.html#parameter_formula', 'mainrun_nb/gpt.py'),
                                 'mainrun_nb.gpt.parameter_table': ('gpt.html#parameter_table', 'mainrun_nb/gpt.py'),
+                                'mainrun_nb.gpt.rare_ids': ('gpt.html#rare_ids', 'mainrun_nb/gpt.py'),
                                 'mainrun_nb.gpt.token_embedding': ('gpt.html#token_embedding', 'mainrun_nb/gpt.py')},
             'mainrun_nb.gpu': { 'mainrun_nb.gpu.amd_status': ('gpu.html#amd_status', 'mainrun_nb/gpu.py'),
                                 'mainrun_nb.gpu.as_table': ('gpu.html#as_table', 'mainrun_nb/gpu.py'),

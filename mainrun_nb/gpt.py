@@ -211,10 +211,15 @@ class AdaptiveEmbedding(nn.Module):
     def forward(self, idx: Tensor) -> Tensor:
         return F.embedding(idx, self.weight)
 
+# %% ../nbs/15_gpt.ipynb #b7d40c52
+def rare_ids(vocab_size: int, cfg: GPTConfig) -> int:
+    "How many ids lie beyond the cutoff; none where there is no cutoff."
+    return max(0, vocab_size - cfg.embedding_cutoff) if cfg.embedding_cutoff else 0
+
 
 def token_embedding(vocab_size: int, cfg: GPTConfig) -> nn.Embedding | AdaptiveEmbedding:
-    "The vectors of the ids, all of them alike where none lies beyond the cutoff."
-    if 0 < cfg.embedding_cutoff < vocab_size:
+    "The vectors of the ids, all of them alike where none is rare."
+    if rare_ids(vocab_size, cfg):
         return AdaptiveEmbedding(vocab_size, cfg.d_model, cfg.embedding_cutoff, cfg.embedding_rank)
     return nn.Embedding(vocab_size, cfg.d_model)
 
@@ -402,10 +407,8 @@ def parameter_table(
 # %% ../nbs/15_gpt.ipynb #e5b1a8c4
 def embedding_size(cfg: GPTConfig, vocab_size: int) -> int:
     "Parameters of `token_embedding`."
-    common, rank = cfg.embedding_cutoff, cfg.embedding_rank
-    if not 0 < common < vocab_size:
-        return vocab_size * cfg.d_model
-    return common * cfg.d_model + (vocab_size - common) * rank + rank * cfg.d_model
+    rare = rare_ids(vocab_size, cfg)
+    return (vocab_size - rare) * cfg.d_model + (cfg.embedding_rank * (rare + cfg.d_model) if rare else 0)
 
 # %% ../nbs/15_gpt.ipynb #e4ba3349
 def parameter_formula(

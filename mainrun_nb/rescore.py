@@ -39,7 +39,7 @@ def data_settings(run: OpenRun, overrides: Iterable[str]) -> Config:
     for text in overrides:
         if not text.startswith("data."):
             raise InputError(f"{text}: a finished run takes other settings of data only, as data.source=FILE or data.column=NAME")
-        if text.startswith("data.train_share"):
+        if text.partition("=")[0] == "data.train_share":
             raise InputError(f"{text}: has been decided by training; the references are counted on the same titles")
     own = [f"{k}={json.dumps(v)}" for k, v in flatten(run.cfg).items() if k.startswith("data.")]
     return replace(run.cfg, data=load_config(None, [*own, *overrides]).data)

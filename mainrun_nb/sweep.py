@@ -436,15 +436,18 @@ def trial_seconds(base: str, point: dict[str, Any]) -> float:
     return found.get("predicted_seconds", 0.0)
 
 
-def expected_time(sweep: Any) -> str | None:  # None where it is short, or the trials run elsewhere
+def expected_time(sweep: Any) -> str | None:  # None where it is short, would not be shown, or the trials run elsewhere
     "About how long the trials left take one after the other, by three points: of a grid the first, the middle and the last."
-    search, seed, until = sweep.search, sweep.chooser.seed, time.monotonic() + 10
+    search, until, each = sweep.search, time.monotonic() + 10, list[float]()
     grid = grid_points(search) if search.method == "grid" else None
-    points = [grid[i * (grid.size - 1) // 2] if grid else random_point(search, i, seed) for i in range(3)]
-    left, each = min(sweep.wanted, grid.size if grid else sweep.wanted) - sum(sweep.ended.values()), list[float]()
+    left = min(sweep.wanted, grid.size if grid else sweep.wanted) - sum(sweep.ended.values())
+    if left <= 0 or sweep.best or not sweep.engine.here:
+        return None
     with ended_by_signals(sweep.out_dir):
-        while left > 0 and not sweep.best and sweep.engine.here and len(each) < 3 and time.monotonic() < until:
-            each.append(trial_seconds(sweep.base, points[len(each)]))
+        for i in range(3):
+            if time.monotonic() < until:
+                point = grid[i * (grid.size - 1) // 2] if grid else random_point(search, i, sweep.chooser.seed)
+                each.append(trial_seconds(sweep.base, point))
     return f"expected: {in_words(left * sum(each) / len(each))}{' one by one' * (sweep.jobs > 1)}" if any(each) else None
 
 # %% ../nbs/31_sweep.ipynb #ce52e70f
