@@ -42,8 +42,10 @@ def token_nats(model: Any, ids: Tensor, context_length: int) -> tuple[Tensor, Te
         for x, y in windows(ids, context_length, 16):
             hidden, targets = model.features(x.to(device)).flatten(0, 1), y.to(device).flatten()
             whole.append(model.token_nats(hidden, targets).double().cpu())
-            head = model.case_head
-            case.append(torch.zeros_like(whole[-1]) if head is None else head.nats(hidden, model.head_weight, targets).double().cpu())
+            if (head := model.case_head) is None:
+                case.append(torch.zeros_like(whole[-1]))
+            else:
+                case.append(head.nats(hidden, model.piece_vectors(head.pieces(targets)), targets).double().cpu())
     return torch.cat(whole), torch.cat(case)
 
 

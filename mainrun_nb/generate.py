@@ -83,7 +83,7 @@ def stream_ids(
     room = model.context_length - len(prompt)
     if room < 1:
         raise InputError(f"prompt: {len(prompt)} tokens leave no room in a context of {model.context_length}")
-    cache, idx = model.make_cache(n), torch.tensor(prompt, device=model.head_weight.device).repeat(n, 1)
+    cache, idx = model.make_cache(n), torch.tensor(prompt, device=model.device).repeat(n, 1)
     done = torch.zeros_like(idx[:, 0], dtype=torch.bool)
     for _ in range(min(room, max_tokens or room)):
         token = choose(model.logits(model.features(idx, cache)[:, -1]), **kwargs).masked_fill(done, model.eos_id)
@@ -143,7 +143,7 @@ def write_titles(
     """
     need("seed", seed, 0 <= seed < 2**63, "at least 0 and below 2**63")
     ids = opening(tokenizer, prompt)
-    generator = torch.Generator(model.head_weight.device).manual_seed(seed)
+    generator = torch.Generator(model.device).manual_seed(seed)
     model.eval()
     texts = torch.stack(list(stream_ids(model, ids, n, generator=generator, **kwargs)), 1).tolist()  # (n, new tokens)
     until_eos = [text[: text.index(tokenizer.eos_id)] if tokenizer.eos_id in text else text for text in texts]
@@ -176,7 +176,7 @@ def complete_titles(
     "Complete each line as a title, written as it grows; where there is `tell`, Ctrl-C stops a title. Raises `InputError`."
     need("n", n, n > 0, "above 0")
     need("seed", seed, 0 <= seed < 2**63, "at least 0 and below 2**63")
-    generator = torch.Generator(model.head_weight.device).manual_seed(seed)
+    generator = torch.Generator(model.device).manual_seed(seed)
     for line in lines:
         try:
             for _ in range(n):

@@ -153,15 +153,15 @@ class CaseHead(nn.Module):
         "z of each class, from what `of_state` and `of_piece` give: (..., CASE_WIDTH) each to (..., C), in float32."
         return self.classes(F.gelu(state + piece)).float()
 
-    def log_probs(self, hidden: Tensor, table: Tensor, piece: Tensor) -> Tensor:
-        "The logarithm of p(c | u, h) of one id, for each class: (N, d), (P, d) and (N,) to (N, C), in float32."
-        z = self.scores(self.of_state(hidden), self.of_piece(F.embedding(piece, table)))
+    def log_probs(self, hidden: Tensor, vectors: Tensor, piece: Tensor) -> Tensor:
+        "The logarithm of p(c | u, h) for each class, of one piece and its vector: (N, d), (N, d) and (N,) to (N, C), in float32."
+        z = self.scores(self.of_state(hidden), self.of_piece(vectors))
         return z - (z + self.ways[piece]).logsumexp(-1, keepdim=True)
 
-    def nats(self, hidden: Tensor, table: Tensor, targets: Tensor) -> Tensor:
-        "Cross-entropy of the case of each target, 0 for those that are not counted: (N, d), (P, d) and (N,) to (N,)."
+    def nats(self, hidden: Tensor, vectors: Tensor, targets: Tensor) -> Tensor:
+        "Cross-entropy of the case of each target, whose piece has this vector; 0 for those not counted: (N, d), (N, d) and (N,) to (N,)."
         ids = targets.clamp(min=0)
-        found = self.log_probs(hidden, table, self.piece[ids]).gather(1, self.case[ids][:, None])[:, 0]
+        found = self.log_probs(hidden, vectors, self.piece[ids]).gather(1, self.case[ids][:, None])[:, 0]
         return -found.masked_fill(targets == IGNORED, 0)
 
     def all_ids(self, hidden: Tensor, table: Tensor) -> Tensor:
@@ -173,17 +173,17 @@ class CaseHead(nn.Module):
 def case_loss(
     head: CaseHead,
     hidden: Sequence[Tensor],  # one or two passes of (N, d)
-    table: Tensor,  # (P, d) vectors of the pieces
+    vectors: Tensor,  # (N, d) of the targets' pieces
     targets: Tensor,  # (N,) -100: the row is not counted
     r_drop: float = 0.0,
 ) -> Tensor:  # scalar, float32
     "Mean cross-entropy of the case per counted target, averaged over the passes; with two passes, R-Drop's penalty is added."
     counted = targets != IGNORED
-    loss = torch.stack([head.nats(h, table, targets).sum() for h in hidden]).mean()
+    loss = torch.stack([head.nats(h, vectors, targets).sum() for h in hidden]).mean()
     if r_drop:
         piece = head.piece[targets.clamp(min=0)]
         weight = (head.ways[piece].exp() * counted[:, None]).detach()  # (N, C) ids that the class stands for
-        p, q = (head.log_probs(h, table, piece) for h in hidden)
+        p, q = (head.log_probs(h, vectors, piece) for h in hidden)
         loss = loss + r_drop / 2 * (weight * (p.exp() - q.exp()) * (p - q)).sum()
     return loss / counted.sum()
 
@@ -193,7 +193,7 @@ class AdaptiveEmbedding(nn.Module):
 
     def __init__(self, vocab_size: int, width: int, cutoff: int, rank: int) -> None:
         super().__init__()
-        self.num_embeddings = vocab_size
+        self.num_embeddings, self.cutoff = vocab_size, cutoff
         self.common, self.rare = nn.Embedding(cutoff, width), nn.Embedding(vocab_size - cutoff, rank)
         self.expand = nn.Linear(rank, width, bias=False)
 
@@ -209,7 +209,9 @@ class AdaptiveEmbedding(nn.Module):
         return torch.cat([self.common.weight, self.expand(self.rare.weight).to(self.common.weight.dtype)])
 
     def forward(self, idx: Tensor) -> Tensor:
-        return F.embedding(idx, self.weight)
+        own = self.common(idx.clamp(max=self.cutoff - 1))
+        made = self.expand(self.rare((idx - self.cutoff).clamp(min=0)))
+        return torch.where((idx < self.cutoff)[..., None], own, made.to(own.dtype))
 
 # %% ../nbs/15_gpt.ipynb #b7d40c52
 def rare_ids(vocab_size: int, cfg: GPTConfig) -> int:
@@ -223,13 +225,55 @@ def token_embedding(vocab_size: int, cfg: GPTConfig) -> nn.Embedding | AdaptiveE
         return AdaptiveEmbedding(vocab_size, cfg.d_model, cfg.embedding_cutoff, cfg.embedding_rank)
     return nn.Embedding(vocab_size, cfg.d_model)
 
+# %% ../nbs/15_gpt.ipynb #b4e2d8f1
+class AdaptiveHead(nn.Module):
+    "The probability of each id of an `AdaptiveEmbedding`, tied to it: that of a common one, or that of any rare one times which."
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.any_rare = nn.Parameter(torch.zeros(1, width))
+
+    def common(self, tokens: AdaptiveEmbedding) -> Tensor:
+        "The rows of the first softmax: (cutoff + 1, width)."
+        return torch.cat([tokens.common.weight, self.any_rare])
+
+    def log_probs(self, hidden: Tensor, tokens: AdaptiveEmbedding) -> Tensor:
+        "The logarithm of the probability of every id: (..., width) to (..., V), in float32 or more."
+        scores = F.linear(hidden, self.common(tokens)), F.linear(hidden @ tokens.expand.weight, tokens.rare.weight)
+        first, rest = (z.to(torch.promote_types(z.dtype, torch.float32)).log_softmax(-1) for z in scores)
+        return torch.cat([first[..., :-1], first[..., -1:] + rest], -1)
+
+    def rare_rows(self, targets: Tensor, tokens: AdaptiveEmbedding) -> tuple[Tensor, Tensor]:
+        "Which rows have a rare target, and which one it is; on a GPU, which would have to be waited for, all rows, most not counted."
+        rare, which = targets >= tokens.cutoff, targets - tokens.cutoff
+        if targets.device.type != "cpu":
+            return torch.arange(len(targets), device=targets.device), torch.where(rare, which, IGNORED)
+        if type(targets) is not Tensor:  # a fake tensor has no values to choose by: an eighth of the rows, as on titles
+            return (rows := torch.arange(0, len(targets), 8)), which[rows]
+        return (rows := rare.nonzero()[:, 0]), which[rows]
+
+    def loss(self, hidden: Sequence[Tensor], tokens: AdaptiveEmbedding, targets: Tensor, chunk: int, r_drop: float = 0.0) -> Tensor:
+        "What `linear_cross_entropy` is for one softmax; R-Drop compares rare ids where one came."
+        rows, which = self.rare_rows(targets, tokens)
+        narrow = tuple(h.index_select(0, rows) @ tokens.expand.weight for h in hidden)
+        parts = [(tuple(hidden), self.common(tokens), targets.clamp(max=tokens.cutoff)), (narrow, tokens.rare.weight, which)]
+        return sum(linear_cross_entropy(*part, chunk, r_drop, reduction="sum") for part in parts) / (targets != IGNORED).sum()
+
+    def nats(self, hidden: Tensor, tokens: AdaptiveEmbedding, targets: Tensor) -> Tensor:
+        "Cross-entropy of each target: (N, width) and (N,) to (N,), in float32."
+        rows, which = self.rare_rows(targets, tokens)
+        first = F.linear(hidden, self.common(tokens)).float()
+        rest = F.linear(hidden[rows] @ tokens.expand.weight, tokens.rare.weight).float()
+        nats = F.cross_entropy(first, targets.clamp(max=tokens.cutoff), reduction="none")
+        return nats.index_add(0, rows, F.cross_entropy(rest, which, reduction="none"))
+
 # %% ../nbs/15_gpt.ipynb #8a316c22
 class Embedding(nn.Module):
     "Token vectors, plus a learned vector per position, projected to the width of the first block: (B, T) to (B, T, width)."
 
     def __init__(self, vocab_size: int, context_length: int, cfg: GPTConfig, width: int, cased: bool = False) -> None:
         super().__init__()
-        self.tokens = token_embedding(vocab_size, cfg)
+        self.tokens: Any = token_embedding(vocab_size, cfg)
         self.cases = nn.Embedding(N_CASES, cfg.d_model) if cased else None
         self.positions = nn.Embedding(context_length, cfg.d_model) if cfg.position == "learned" else None
         self.dropout = Dropout(cfg.dropout)
@@ -273,6 +317,11 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(width, cfg, attn_cfg, common) for width in widths)
         self.norm = make_norm(cfg.norm, widths[-1], cfg.bias) if cfg.norm_type == "pre" else nn.Identity()
         self.project = nn.Identity() if widths[-1] == cfg.d_model else nn.Linear(widths[-1], cfg.d_model, bias=cfg.bias)
+
+    @property
+    def device(self) -> torch.device:
+        "Where the weights are."
+        return next(self.parameters()).device
 
     def widths(self) -> list[int]:
         "The width of each block."
@@ -342,32 +391,52 @@ class GPT(Decoder):
     ) -> None:
         super().__init__(cfg, attn_cfg, vocab_size, context_length, title_mask, checkpoint_activations, pairs)
         self.loss_chunk = loss_chunk
-        self.head = None if cfg.tied else nn.Linear(cfg.d_model, self.embed.tokens.num_embeddings, bias=False)
+        tokens = self.embed.tokens
+        self.head = None if cfg.tied else nn.Linear(cfg.d_model, tokens.num_embeddings, bias=False)
+        self.rare_head = AdaptiveHead(cfg.d_model) if cfg.tied and isinstance(tokens, AdaptiveEmbedding) else None
         init_weights(self, cfg.init_method, cfg.d_model, (2 * len(self.blocks)) ** -0.5 if cfg.residual_scaling else 1.0)
-        if isinstance(self.embed.tokens, AdaptiveEmbedding):
-            self.embed.tokens.match_sizes()
+        if isinstance(tokens, AdaptiveEmbedding):
+            tokens.match_sizes()
 
     @property
     def head_weight(self) -> Tensor:
         "(V, d_model), or one row per piece: the embedding's own weight where the head is tied."
         return self.embed.tokens.weight if self.head is None else self.head.weight
 
+    def piece_scores(self, hidden: Tensor) -> Tensor:
+        "Scores over the rows of the embedding, which are pieces where letters and case are apart: (..., d_model) to (..., P)."
+        return F.linear(hidden, self.head_weight) if self.rare_head is None else self.rare_head.log_probs(hidden, self.embed.tokens)
+
     def logits(self, hidden: Tensor) -> Tensor:
         "Scores over all ids: (..., d_model) to (..., V)."
-        weight = self.head_weight
-        scores = F.linear(hidden, weight)
+        scores = self.piece_scores(hidden)
         if self.case_head is None:
             return scores
-        rows = hidden.flatten(0, -2).split(16)  # (16, pieces, CASE_WIDTH) numbers at once
+        rows, weight = hidden.flatten(0, -2).split(16), self.head_weight  # (16, pieces, CASE_WIDTH) numbers at once
         case = torch.cat([self.case_head.all_ids(h, weight) for h in rows])
         return scores[..., self.case_head.piece].float() + case.view(*hidden.shape[:-1], -1)
 
+    def piece_vectors(self, pieces: Tensor) -> Tensor:
+        "The head's vector of each piece, any one where the target is not counted: (N,) to (N, d_model)."
+        ids = pieces.clamp(min=0)
+        return self.embed.tokens(ids) if self.head is None else F.embedding(ids, self.head.weight)
+
     def token_nats(self, hidden: Tensor, targets: Tensor) -> Tensor:
         "Cross-entropy of each target in nats, without the logits of all cases: (N, d_model) and (N,) to (N,), in float32."
-        head, weight = self.case_head, self.head_weight
+        head, rare = self.case_head, self.rare_head
         pieces = targets if head is None else head.pieces(targets)
-        nats = F.cross_entropy(F.linear(hidden, weight).float(), pieces, reduction="none")
-        return nats if head is None else nats + head.nats(hidden, weight, targets)
+        if rare is None:
+            nats = F.cross_entropy(F.linear(hidden, self.head_weight).float(), pieces, reduction="none")
+        else:
+            nats = rare.nats(hidden, self.embed.tokens, pieces)
+        return nats if head is None else nats + head.nats(hidden, self.piece_vectors(pieces), targets)
+
+    def piece_loss(self, hidden: tuple[Tensor, ...], pieces: Tensor, r_drop: float) -> Tensor:
+        "Mean cross-entropy of the rows of the embedding: one or two passes of (N, d_model) and (N,) to a scalar in float32."
+        chunk = self.loss_chunk * (max(4, len(pieces) // 4096) if pieces.is_cuda else 1)  # each costs a GPU some thirty launches
+        if self.rare_head is None:
+            return linear_cross_entropy(hidden, self.head_weight, pieces, chunk, r_drop)
+        return self.rare_head.loss(hidden, self.embed.tokens, pieces, chunk, r_drop)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, r_drop: float = 0.0) -> tuple[Tensor | None, Tensor | None]:
         if targets is None:
@@ -375,20 +444,19 @@ class GPT(Decoder):
         passes, targets, head = 2 if r_drop else 1, targets.flatten(), self.case_head
         hidden = self.features(idx.repeat(passes, 1)).flatten(0, 1).chunk(passes)  # each (B*T, d)
         pieces = targets if head is None else head.pieces(targets)
-        chunk = self.loss_chunk * (max(4, len(targets) // 4096) if idx.is_cuda else 1)  # each costs it some thirty launches
-        loss = linear_cross_entropy(hidden, self.head_weight, pieces, chunk, r_drop)
-        return None, loss if head is None else loss + case_loss(head, hidden, self.head_weight, targets, r_drop)
+        loss = self.piece_loss(hidden, pieces, r_drop)
+        return None, loss if head is None else loss + case_loss(head, hidden, self.piece_vectors(pieces), targets, r_drop)
 
     def make_cache(self, batch_size: int) -> GPTCache:
         "An empty cache for `batch_size` texts of up to `context_length` tokens."
-        weight = self.embed.tokens.weight
-        layers = [b.attn.inner.make_cache(batch_size, weight.device, weight.dtype) for b in self.blocks]  # type: ignore[union-attr, operator]
-        return GPTCache(layers, 0, torch.zeros(batch_size, 1, dtype=torch.long, device=weight.device))
+        dtype = next(self.parameters()).dtype
+        layers = [b.attn.inner.make_cache(batch_size, self.device, dtype) for b in self.blocks]  # type: ignore[union-attr, operator]
+        return GPTCache(layers, 0, torch.zeros(batch_size, 1, dtype=torch.long, device=self.device))
 
 # %% ../nbs/15_gpt.ipynb #697837bf
 _PARTS = {
     "embed.tokens.": "embedding", "embed.positions.": "positions", "embed.cases.": "case", "case_head.": "case",
-    "inner.score.": "scorer", "inner.sharpness": "scorer", ".attn.inner.": "attention",
+    "rare_head.": "head", "inner.score.": "scorer", "inner.sharpness": "scorer", ".attn.inner.": "attention",
     ".mlp.inner.": "mlp", "norm.": "norms", ".scale.": "scales", "project.": "projections",
     "between.": "projections", "head.": "head",
 }
@@ -433,6 +501,6 @@ def parameter_formula(
         "scorer": scorer, "mlp": sum(line(w, inner[w] * (1 + gated)) + line(inner[w], w) for w in ws),
         "norms": (2 * sum(ws) + (ws[-1] if cfg.norm_type == "pre" else 0)) * (1 + bent), "scales": 2 * sum(ws) if cfg.layer_scale else 0,
         "projections": sum(line(i, o) for i, o in zip([d, *ws], [*ws, d], strict=True) if i != o),
-        "head": 0 if cfg.tied else vocab_size * d,
+        "head": vocab_size * d if not cfg.tied else d if rare_ids(vocab_size, cfg) else 0,
     }
     return {**{part: n for part, n in table.items() if n}, "total": sum(table.values())}

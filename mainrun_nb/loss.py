@@ -174,12 +174,11 @@ class _ChunkedLoss(torch.autograd.Function):
 
 # %% ../nbs/14_loss.ipynb #b72cb038
 def _in_chunks(hidden: tuple[Tensor, ...], weight: Tensor, targets: Tensor, chunk: int, r_drop: float) -> Tensor:
-    "`loss_sum` over chunks of rows, per counted row."
-    count = (targets != IGNORED).sum()
+    "`loss_sum` over chunks of rows."
     if torch.is_grad_enabled():
-        return _ChunkedLoss.apply(targets, chunk, r_drop, weight, *hidden) / count
+        return _ChunkedLoss.apply(targets, chunk, r_drop, weight, *hidden)
     parts = zip(targets.split(chunk), *(h.split(chunk) for h in hidden), strict=True)
-    return torch.stack([loss_sum(weight, *part, r_drop=r_drop) for part in parts]).sum() / count
+    return torch.stack([loss_sum(weight, *part, r_drop=r_drop) for part in parts]).sum()
 
 # %% ../nbs/14_loss.ipynb #b292bcf1
 def linear_cross_entropy(
@@ -188,9 +187,12 @@ def linear_cross_entropy(
     targets: Tensor,  # (N,) -100: the row is not counted
     chunk: int = 512,  # rows of logits alive at once; 0 is all of them
     r_drop: float = 0.0,  # weight of R-Drop's penalty, for two passes
-) -> Tensor:  # scalar, float32; nan where no row is counted
-    "Mean cross-entropy of `hidden @ weight.T` in nats per counted token, holding `chunk` rows of logits at a time."
+    reduction: str = "mean",  # over the counted rows, or sum
+) -> Tensor:  # scalar, float32; the mean is nan where no row is counted
+    "Cross-entropy of `hidden @ weight.T` in nats, holding `chunk` rows of logits at a time."
     if chunk and len(targets) > chunk:
         eager = torch.compiler.disable(_in_chunks) if torch.compiler.is_compiling() else _in_chunks
-        return eager(hidden, weight, targets, chunk, r_drop)
-    return loss_sum(weight, targets, *hidden, r_drop=r_drop) / (targets != IGNORED).sum()
+        total = eager(hidden, weight, targets, chunk, r_drop)
+    else:
+        total = loss_sum(weight, targets, *hidden, r_drop=r_drop)
+    return total / (targets != IGNORED).sum() if reduction == "mean" else total

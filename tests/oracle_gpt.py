@@ -222,10 +222,17 @@ class Oracle:
         x = self.norm(x, "norm") if self.m.norm_type == "pre" else x
         return x if last == d else self.linear(x, "project")
 
+    def adaptive(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """log p of the common ids, and of the rare ones, by the vectors of all and one for all rare ones (Grave et al. 2017)."""
+        cutoff = len(self.w("embed.tokens.common.weight"))
+        scores, rare = (hidden @ self.vectors().T).to(self.wide), (hidden @ self.w("rare_head.any_rare").T).to(self.wide)
+        total = torch.cat([scores[..., :cutoff], rare], -1).logsumexp(-1, keepdim=True)
+        return scores[..., :cutoff] - total, rare - total + scores[..., cutoff:].log_softmax(-1)
+
     def logits_of(self, hidden: Tensor) -> Tensor:
         """(B, T, d) to (B, T, V). With pairs: the piece's, and the logarithm of p(id | piece), a softmax over its ids."""
         head = self.vectors() if self.m.tied else self.w("head.weight")
-        logits = hidden @ head.T
+        logits = torch.cat(self.adaptive(hidden), -1) if "rare_head.any_rare" in self.weights else hidden @ head.T
         if self.pairs is None:
             return logits
         piece, case = self.pairs

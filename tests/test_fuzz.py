@@ -276,14 +276,27 @@ def check_cache(case: Case) -> None:
         judge(case, f"cache, in pieces of {[p.shape[1] for p in parts]}", "logits", apart, tolerance, noise)
 
 
+def penalised_pieces(model, hidden: tuple[Tensor, ...], targets: Tensor, r: float) -> Tensor:
+    """The loss of two passes over the rows of the embedding; with an adaptive softmax, of common ones and of rare ones where one came."""
+    if model.rare_head is None:
+        return rdrop_loss([F.linear(h, model.head_weight).double() for h in hidden], targets, r)
+    tokens, any_rare = model.embed.tokens, model.rare_head.any_rare
+    first, rare = torch.cat([tokens.common.weight, any_rare]), targets >= tokens.cutoff
+    loss = rdrop_loss([(h @ first.T).double() for h in hidden], targets.clamp(max=tokens.cutoff), r)
+    if rare.any():
+        rest = tokens.weight[tokens.cutoff :]
+        loss = loss + rare.double().mean() * rdrop_loss([(h[rare] @ rest.T).double() for h in hidden], targets[rare] - tokens.cutoff, r)
+    return loss
+
+
 def penalised(model, hidden: tuple[Tensor, ...], case: Case, r: float) -> Tensor:
     """The loss of two passes, by formula. With pairs, cross-entropy and R-Drop of the pieces, and of the ids of the piece that came."""
     if not case.use["pairs"]:
-        return rdrop_loss([F.linear(h, model.head_weight).double() for h in hidden], case.targets, r)
+        return penalised_pieces(model, hidden, case.targets, r)
     piece, known = torch.tensor(case.use["pairs"]).T[0], Oracle(case.cfg, model.state_dict(), case.use["pairs"])
     others = piece != piece[case.targets][..., None]  # (B, T, V)
     case_loss = rdrop_loss([known.logits_of(h).double().masked_fill(others, -1e6) for h in hidden], case.targets, r)
-    return case_loss + rdrop_loss([F.linear(h, model.head_weight).double() for h in hidden], piece[case.targets], r)
+    return case_loss + penalised_pieces(model, hidden, piece[case.targets], r)
 
 
 def check_training(case: Case) -> None:

@@ -138,16 +138,16 @@ def test_each_limit_alone_is_hugging_faces_and_both_keep_at_least_as_many():
 class Reciter:
     "A model that continues any prompt with the same tokens."
 
-    eos_id, context_length = 1, 400
+    eos_id, context_length, device = 1, 400, torch.device("cpu")
 
     def __init__(self, ids, vocab_size):
-        self.ids, self.head_weight = [*ids, 1], torch.eye(vocab_size)
+        self.ids, self.one_hot = [*ids, 1], torch.eye(vocab_size)
 
     def make_cache(self, n):
         return iter(self.ids)
 
     def features(self, idx, cache):
-        return self.head_weight[next(cache)].expand(len(idx), 1, -1)
+        return self.one_hot[next(cache)].expand(len(idx), 1, -1)
 
     def logits(self, hidden):
         return hidden

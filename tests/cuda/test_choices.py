@@ -109,7 +109,7 @@ result = trainer.train(cfg, folder, progress=False).metrics
 products["after"] = torch.backends.cuda.matmul.fp32_precision
 products |= {k: result[k] for k in ("peak_memory_bytes", "float32_products", "deterministic")}
 rescore.evaluate_run(folder)
-generate.write_titles = lambda model, *args, **more: products.update(generation=model.head_weight.device.type)
+generate.write_titles = lambda model, *args, **more: products.update(generation=model.device.type)
 generate.generate(folder)
 print(json.dumps(products))
 """
