@@ -195,6 +195,8 @@ class GPTConfig:
     tied: bool = True  # the head shares the embedding's weights
     embedding_cutoff: int = at_least(0, 0)  # later, rarer ids share a matrix and have `embedding_rank` numbers each; 0: none
     embedding_rank: int = positive(32)
+    token_shift: bool = False  # a token's vector also holds a learned share of the one before it, inside its title
+    input_skips: bool = False  # each block sees the embedding again, by learned scales
     residual_scaling: bool = False  # initialise residual outputs smaller, by 1 / sqrt(2 n_layer)
     output_gate: bool = False  # a sigmoid gate per attention head
     layer_scale: float = at_least(0, 0.0)  # initial LayerScale of the residual branches; 0 is off
@@ -523,11 +525,10 @@ def find_file(
     text = str(path)
     if os.path.exists(text) and not os.path.isdir(text):
         return Path(path)
-    every = shipped()
-    files = {name: p for name, p in every.items() if name.startswith(kinds)}
+    files = {name: p for name, p in shipped().items() if name.startswith(kinds)}
     bare = {name: name.split("/")[-1] for name in files}
     same = [name for name in files if text in (name, bare[name])]
-    if not same and text in every:
+    if not same and text in shipped():
         raise InputError(f"{text}: cannot stand here, only what is in {' or '.join(kinds)}")
     if len(same) > 1:
         raise InputError(f"{text}: is the name of several; say {' or '.join(same)}")
@@ -554,8 +555,7 @@ def load_config(
         merge_node(conf, check_node(tree, conf, where), where)
     try:
         OmegaConf.resolve(conf)
-        sections: Any = {name: OmegaConf.to_object(conf[name]) for name in conf}
-        cfg = Config(**sections)
+        cfg = Config(**{str(name): OmegaConf.to_object(conf[name]) for name in conf})  # type: ignore[arg-type]
     except (OmegaConfBaseException, OverflowError) as e:
         raise InputError(f"{getattr(e, 'full_key', '') or path or 'overrides'}: {first_line(e)}") from None
     check_values(cfg)

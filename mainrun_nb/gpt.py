@@ -267,6 +267,34 @@ class AdaptiveHead(nn.Module):
         nats = F.cross_entropy(first, targets.clamp(max=tokens.cutoff), reduction="none")
         return nats.index_add(0, rows, F.cross_entropy(rest, which, reduction="none"))
 
+# %% ../nbs/15_gpt.ipynb #f8c6bde5
+class TokenShift(nn.Module):
+    "Add to each vector a learned share of the one before it: (B, T, width) to (B, T, width)."
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(width, 1, bias=False)
+        self.bias = nn.Parameter(torch.full((width,), -2.0))  # a share of 12 % at first
+
+    def forward(self, x: Tensor, before: Tensor | None = None, opens: Tensor | None = None) -> Tensor:
+        "`before` (B, 1, width) is the vector before the first; tokens that `opens` (B, T) marks get nothing from before."
+        older = torch.cat([torch.zeros_like(x[:, :1]) if before is None else before, x[:, :-1]], 1)
+        if opens is not None:
+            older = older.masked_fill(opens[..., None], 0)
+        return x + torch.sigmoid(self.gate(x) + self.bias) * older
+
+
+class InputSkips(nn.Module):
+    "What block `i` is fed with: the stream and, if it is as wide, the embedding, each times a learned number."
+
+    def __init__(self, n_layer: int) -> None:
+        super().__init__()
+        self.stream, self.embedding = nn.Parameter(torch.ones(n_layer)), nn.Parameter(torch.zeros(n_layer))
+
+    def forward(self, i: int, x: Tensor, embedding: Tensor) -> Tensor:
+        x = self.stream[i] * x
+        return x + self.embedding[i] * embedding if embedding.shape == x.shape else x
+
 # %% ../nbs/15_gpt.ipynb #8a316c22
 class Embedding(nn.Module):
     "Token vectors, plus a learned vector per position, projected to the width of the first block: (B, T) to (B, T, width)."
@@ -295,6 +323,7 @@ class GPTCache:
     layers: list[Any]
     length: int
     titles: Tensor  # (B, 1)
+    last: Tensor | None = None  # (B, 1, width) vector of the last token, kept for a token shift
     opened: Tensor | None = None  # (B, 1) position of the last `<eos>` of the row, kept where positions restart at it
 
 # %% ../nbs/15_gpt.ipynb #45205ced
@@ -314,6 +343,8 @@ class Decoder(nn.Module):
         common, widths = AttnCommon(context_length, cfg.dropout, cfg.bias, cfg.position, cfg.output_gate), self.widths()
         self.case_head = None if pairs is None else CaseHead(cfg.d_model, pairs)
         self.embed = Embedding(vocab_size if pairs is None else pairs.n_pieces, context_length, cfg, widths[0], pairs is not None)
+        self.shift = TokenShift(widths[0]) if cfg.token_shift else None
+        self.skips = InputSkips(len(widths)) if cfg.input_skips else None
         self.blocks = nn.ModuleList(Block(width, cfg, attn_cfg, common) for width in widths)
         self.norm = make_norm(cfg.norm, widths[-1], cfg.bias) if cfg.norm_type == "pre" else nn.Identity()
         self.project = nn.Identity() if widths[-1] == cfg.d_model else nn.Linear(widths[-1], cfg.d_model, bias=cfg.bias)
@@ -355,6 +386,15 @@ class Decoder(nn.Module):
             cache.opened = opened[:, -1:]
         return positions - opened
 
+    def shifted(self, x: Tensor, idx: Tensor, cache: GPTCache | None) -> Tensor:
+        "The vectors (B, T, width) of the tokens (B, T) after the token shift, if there is one; the cache is told of them."
+        if self.shift is None:
+            return x
+        before = cache.last if cache else None
+        if cache:
+            cache.last = x[:, -1:]
+        return self.shift(x, before, idx == self.eos_id if self.title_mask else None)
+
     def run_block(self, i: int, x: Tensor, info: TokenInfo, cache: GPTCache | None) -> Tensor:
         "Block `i`: (B, T, width) to (B, T, width)."
         if self.checkpoint_activations and self.training:
@@ -363,7 +403,9 @@ class Decoder(nn.Module):
 
     def run_blocks(self, x: Tensor, info: TokenInfo, cache: GPTCache | None) -> Tensor:
         "All blocks in turn: (B, T, first width) to (B, T, last width)."
+        first = x
         for i in range(len(self.blocks)):
+            x = x if self.skips is None else self.skips(i, x, first)
             x = self.run_block(i, x, info, cache)
         return x
 
@@ -372,7 +414,7 @@ class Decoder(nn.Module):
         info, head = self.place(idx, cache), self.case_head
         tokens = (idx, None) if head is None else (head.piece[idx], head.case[idx])
         x = self.embed(tokens[0], self.embed_positions(idx, info.positions, cache), tokens[1])
-        return self.project(self.norm(self.run_blocks(x, info, cache)))
+        return self.project(self.norm(self.run_blocks(self.shifted(x, idx, cache), info, cache)))
 
 # %% ../nbs/15_gpt.ipynb #cfc66267
 class GPT(Decoder):
@@ -456,7 +498,8 @@ class GPT(Decoder):
 # %% ../nbs/15_gpt.ipynb #697837bf
 _PARTS = {
     "embed.tokens.": "embedding", "embed.positions.": "positions", "embed.cases.": "case", "case_head.": "case",
-    "rare_head.": "head", "inner.score.": "scorer", "inner.sharpness": "scorer", ".attn.inner.": "attention",
+    "rare_head.": "head",
+    "shift.": "shift", "skips.": "skips", "inner.score.": "scorer", "inner.sharpness": "scorer", ".attn.inner.": "attention",
     ".mlp.inner.": "mlp", "norm.": "norms", ".scale.": "scales", "project.": "projections",
     "between.": "projections", "head.": "head",
 }
@@ -465,7 +508,7 @@ _PARTS = {
 def parameter_table(
     model: nn.Module,
 ) -> dict[str, int]:  # part -> parameters, shared ones counted once; "total" last
-    "Parameters per part of a GPT, counted: embedding, positions, case, attention, scorer, mlp, norms, scales, projections, head."
+    "Parameters per part of a GPT, counted: embedding, positions, case, attention, ..., head; the parts are those of the next table."
     table: dict[str, int] = {}
     for name, p in model.named_parameters():
         part = next((part for mark, part in _PARTS.items() if mark in name), "other")
@@ -500,6 +543,7 @@ def parameter_formula(
         "attention": sum(line(w, 3 * head[w]) + line(head[w], w) + cfg.output_gate * line(w, attn_cfg.n_head) for w in ws),
         "scorer": scorer, "mlp": sum(line(w, inner[w] * (1 + gated)) + line(inner[w], w) for w in ws),
         "norms": (2 * sum(ws) + (ws[-1] if cfg.norm_type == "pre" else 0)) * (1 + bent), "scales": 2 * sum(ws) if cfg.layer_scale else 0,
+        "shift": 2 * ws[0] * cfg.token_shift, "skips": 2 * len(ws) * cfg.input_skips,
         "projections": sum(line(i, o) for i, o in zip([d, *ws], [*ws, d], strict=True) if i != o),
         "head": vocab_size * d if not cfg.tied else d if rare_ids(vocab_size, cfg) else 0,
     }

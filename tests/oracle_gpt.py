@@ -199,6 +199,15 @@ class Oracle:
         rare = self.w("embed.tokens.rare.weight") @ self.w("embed.tokens.expand.weight").T
         return torch.cat([self.w("embed.tokens.common.weight"), rare])
 
+    def shifted(self, x: Tensor, idx: Tensor) -> Tensor:
+        """Each token's vector with its share of the one before, token by token; an <eos> closes what was before, if titles are apart."""
+        rows = []
+        for row, ids in zip(x, idx.tolist(), strict=True):
+            share = 1 / (1 + torch.exp(-(row @ self.w("shift.gate.weight")[0])[:, None] - self.w("shift.bias")))
+            alone = [t == 0 or (self.title_mask and ids[t] == 1) for t in range(len(ids))]
+            rows.append(torch.stack([v if alone[t] else v + share[t] * row[t - 1] for t, v in enumerate(row)]))
+        return torch.stack(rows)
+
     def features(self, idx: Tensor) -> Tensor:
         """(B, T) to (B, T, d_model)."""
         T, d, last = idx.shape[1], self.m.d_model, self.widths[-1]
@@ -211,12 +220,15 @@ class Oracle:
         if self.m.position == "learned":
             x = x + self.w("embed.positions.weight")[:T]
         x = x if self.widths[0] == d else self.linear(x, "embed.project")
-        kept = []
+        x = self.shifted(x, idx) if self.m.token_shift else x
+        kept, embedding = [], x
         for n, width in enumerate(self.widths):
             if n and width != self.widths[n - 1]:
                 x = self.linear(x, f"between.{n - 1}")
             if n >= len(self.widths) - self.bridges:
                 x = x + kept[len(self.widths) - 1 - n]
+            if self.m.input_skips:
+                x = self.w("skips.stream")[n] * x + (self.w("skips.embedding")[n] * embedding if width == self.widths[0] else 0)
             x = self.block(x, n, same)
             kept.append(x)
         x = self.norm(x, "norm") if self.m.norm_type == "pre" else x

@@ -96,6 +96,8 @@ CHOICES: dict[str, list[list[str]]] = {  # each choice is a list of overrides; `
     "tied": [["M.tied=true"], ["M.tied=false"]],
     "cutoff": [["M.embedding_cutoff=0"], ["M.embedding_cutoff=10", "M.embedding_rank=4"]],
     "gate": [["M.output_gate=false"], ["M.output_gate=true"]],
+    "shift": [["M.token_shift=false"], ["M.token_shift=true"]],
+    "skips": [["M.input_skips=false"], ["M.input_skips=true"]],
     "scale": [["M.layer_scale=0"], ["M.layer_scale=0.1"]],
     "init": [[f"M.init_method={name}"] for name in ("normal", "xavier", "kaiming", "uniform")],
     "residual": [["M.residual_scaling=false"], ["M.residual_scaling=true"]],
