@@ -3,10 +3,10 @@
     git worktree add --detach /tmp/before 7c75a36
     HN_TITLES=titles.txt.gz python benchmarks/commits.py /tmp/before        -> benchmarks/results/commits.json
 
-Each checkout trains sweeps/sota/small.yaml in a process of its own, from the same seed on the same tokens; the two take turns, a step
-each, round after round. A ratio is the median of the rounds' ratios. The clock is CPU seconds where there is one thread (a busy neighbour
-hardly changes them), seconds otherwise. The losses are compared twice: without dropout, where every step's should agree, and with it,
-where the two draw other bits and only the mean over the steps can. `--set KEY=VALUE` changes the recipe in both.
+Each checkout trains this one's sweeps/sota/small_first.yaml in a process of its own, from the same seed on the same tokens; the two take
+turns, a step each, round after round. A ratio is the median of the rounds' ratios. The clock is CPU seconds where there is one thread (a
+busy neighbour hardly changes them), seconds otherwise. The losses are compared twice: without dropout, where every step's should agree,
+and with it, where the two draw other bits and only the mean over the steps can. `--set KEY=VALUE` changes the recipe in both.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import mean, median
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = "sweeps/sota/small.yaml"
+CONFIG = ROOT / "sweeps" / "sota" / "small_first.yaml"
 PLAIN = "model_configs.gpt.dropout=0"
 
 
@@ -69,7 +69,7 @@ class Trainee:
 
 
 def tokens_file(where: Path) -> None:
-    "Training tokens, of synthetic titles where HN_TITLES names none, by a BPE tokenizer, which is trained faster than small.yaml's own."
+    "Training tokens, of synthetic titles where HN_TITLES names none, by a BPE tokenizer, which is trained faster than the recipe's own."
     import torch
 
     from mainrun_nb.config import load_config

@@ -30,7 +30,7 @@ from mainrun_nb.data import load_titles
 
 ROOT = Path(__file__).resolve().parents[1]
 LEDGER = ROOT / "sweeps" / "results.csv"
-SMALL, RECIPE = "sweeps/base/small.yaml", "sweeps/sota/small.yaml"
+SMALL, FIRST, RECIPE = "sweeps/base/small.yaml", "sweeps/sota/small_first.yaml", "sweeps/sota/small.yaml"
 COLUMNS = ["study", "name", "seed", "status", "val/loss", "val/challenge_loss", "val/coverage", "val/nats_per_token", "reference/unigram",
            "reference/bigram", "reference/kneser_ney", "lossless", "train_seconds", "tokens_per_second", "peak_memory_bytes",
            "parameters", "parameters_non_embedding", "steps", "batch_size", "context_length", "n_titles", "tokens_per_epoch", "sha256",
@@ -45,7 +45,7 @@ def changed(config: str, budget: list[str], changes: dict[str, list[str]]) -> St
 
 
 def attention() -> Study:
-    "The recipe of the small track with each attention for one pass; with and without title mask."
+    "The first recipe of the small track with each attention for one pass; with and without title mask."
     layer = "model_configs.gpt.attention_layer"
     sparse = [f"{layer}=sparse", "attn_configs.sparse.n_head=6", "attn_configs.sparse.local_attn_ctx=16",
               "attn_configs.sparse.sparseblocksize=16", "attn_configs.sparse.vertsize=4", "attn_configs.sparse.num_verts=3"]
@@ -56,7 +56,7 @@ def attention() -> Study:
         "sparsek": [f"{layer}=sparsek", "attn_configs.sparsek.n_head=6", "attn_configs.sparsek.k=8", "attn_configs.sparsek.window=16"],
     }
     kinds |= {f"{name}-no-mask": [*change, "hyperparams.title_mask=false"] for name, change in kinds.items()}
-    return changed(RECIPE, ["hyperparams.epochs=1"], kinds)
+    return changed(FIRST, ["hyperparams.epochs=1"], kinds)
 
 
 PROXY = ["hyperparams.epochs=2", "hyperparams.evals_per_epoch=1"]  # 2.3 million tokens; eight to eleven minutes on one core
@@ -101,38 +101,46 @@ def assessed() -> Study:
 CASED = ["tokenizer.kind=cased"]  # letters and their case apart
 WHOLE = ["hyperparams.rows=titles", "hyperparams.shuffle=true"]  # whole titles in a row, in a new order for each epoch
 ADAPTIVE = ["model_configs.gpt.embedding_cutoff=4000", "model_configs.gpt.n_layer=6"]  # few numbers for rare pieces, two more blocks
+SHORT = ["model_configs.gpt.token_shift=true", "model_configs.gpt.input_skips=true"]
 
 
 def screen3() -> Study:
     "Letters and case apart, and one change at a time, on two epochs."
     changes = {"cased": [], "decay-0.6": ["hyperparams.decay=0.6"], "batch-8": ["hyperparams.batch_size=8"]}
-    return changed(RECIPE, [*CASED, "hyperparams.epochs=2"], changes)
+    return changed(FIRST, [*CASED, "hyperparams.epochs=2"], changes)
 
 
 def half() -> Study:
     "The same on four epochs of half the titles, at the end of which a model overfits as it does after seven of all."
     dropout = {f"dropout-{p}": [f"model_configs.gpt.dropout={p}"] for p in ("0.05", "0.15")}
-    return changed(RECIPE, [*CASED, "hyperparams.num_titles=50000", "hyperparams.epochs=4"], {
+    return changed(FIRST, [*CASED, "hyperparams.num_titles=50000", "hyperparams.epochs=4"], {
         "cased": [], "weight-decay-0.1": ["hyperparams.weight_decay=0.1"], "whole-titles": WHOLE, **dropout,
-        "together": [*ADAPTIVE, *WHOLE], "together-dropout-0.05": [*ADAPTIVE, *WHOLE, *dropout["dropout-0.05"]]})
+        "adaptive": [*WHOLE, *ADAPTIVE], "short-cuts": [*WHOLE, *ADAPTIVE, *SHORT],
+        "short-cuts-dropout-0.05": [*WHOLE, *ADAPTIVE, *SHORT, *dropout["dropout-0.05"]]})
 
 
 def full() -> Study:
-    "All seven passes: the control, also at other rates; the final recipe, without one of its parts, and with what may be one."
-    control, final = "sweeps/sota/small_control.yaml", RECIPE
+    "All seven passes: the control, also at other rates; the first recipe and the final one, each without one of its parts."
+    control = "sweeps/sota/small_control.yaml"
+    first = {"": [], "-cased": CASED, "-dropout-0.2": ["model_configs.gpt.dropout=0.2"],
+             "-without-muon": ["hyperparams.optimizer=adamw", "hyperparams.lr=4.0e-3", "hyperparams.weight_decay=0.1"],
+             "-without-unigram": ["tokenizer.kind=bpe"],
+             "-without-adamw-lr": ["hyperparams.adamw_lr=2.0e-3"],
+             "-without-mask": ["hyperparams.title_mask=false"],
+             "-without-rope": ["model_configs.gpt.position=learned"],
+             "-without-wsd": ["hyperparams.scheduler=cosine"]}
+    final = {"final": [], "without-cased": ["tokenizer.kind=unigram"],
+             "without-adaptive": ["model_configs.gpt.embedding_cutoff=0", "model_configs.gpt.n_layer=4"],
+             "without-whole-titles": ["hyperparams.rows=stream", "hyperparams.shuffle=false"],
+             "without-short-cuts": ["model_configs.gpt.token_shift=false", "model_configs.gpt.input_skips=false"],
+             "without-low-dropout": ["model_configs.gpt.dropout=0.1"]}
     return {"control": (control, ["hyperparams.lr=2.0e-3"]), "control-lr-4.0e-3": (control, ["hyperparams.lr=4.0e-3"]),
-            "final": (final, []), "cased": (final, CASED), "dropout-0.2": (final, ["model_configs.gpt.dropout=0.2"]),
-            "without-muon": (final, ["hyperparams.optimizer=adamw", "hyperparams.lr=4.0e-3", "hyperparams.weight_decay=0.1"]),
-            "without-unigram": (final, ["tokenizer.kind=bpe"]),
-            "without-adamw-lr": (final, ["hyperparams.adamw_lr=2.0e-3"]),
-            "without-mask": (final, ["hyperparams.title_mask=false"]),
-            "without-rope": (final, ["model_configs.gpt.position=learned"]),
-            "without-wsd": (final, ["hyperparams.scheduler=cosine"])}
+            **{f"first{name}": (FIRST, change) for name, change in first.items()}, **changed(RECIPE, [], final)}
 
 
 def alone() -> Study:
-    "One of the seven passes of control and recipe, each with the whole machine to itself: what the track's minutes are measured by."
-    return {name: (f"sweeps/sota/{name}.yaml", ["hyperparams.epochs=1"]) for name in ("small", "small_control")}
+    "One of the seven passes of control and recipes, each with the whole machine to itself: what the track's minutes are measured by."
+    return {name: (f"sweeps/sota/{name}.yaml", ["hyperparams.epochs=1"]) for name in ("small", "small_first", "small_control")}
 
 
 def scaled() -> Study:

@@ -4,7 +4,7 @@
     HN_TITLES=titles.txt.gz python benchmarks/repetition.py --dry     only show them, with their commands and expected minutes
     HN_TITLES=titles.txt.gz python benchmarks/repetition.py --only 'small-1of16-*'
 
-The recipe of the small track (sweeps/sota/small.yaml), in batches of 8 rows rather than 16, reads at two sizes (1.83 and 0.46 million
+The first recipe of the small track (sweeps/sota/small_first.yaml), in batches of 8 rows rather than 16, reads at two sizes (1.83 and 0.46 million
 parameters without embeddings) 1/16, 1/8, 1/4 and 1/2 of its 90,000 training titles 1, 2, 4 and 7 times, each run with a whole schedule of
 its own. Split, validation titles and tokenizer are the same for all. Besides: one pass over all titles, 16 passes over 1/16; two more seeds
 at both ends of 1/8, to know the noise; and weight decay of 0.1, 1 and 3 in all matrices and tables at seven passes of 1/8 (Kim et al. 2025,
@@ -44,7 +44,7 @@ from mainrun_nb.trainer import RunData, evaluate_state, make_plan, make_state, p
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = ROOT / "benchmarks" / "results" / "repetition.csv"
-CONFIG = "sweeps/sota/small.yaml"
+CONFIG = "sweeps/sota/small_first.yaml"
 BATCH = "hyperparams.batch_size=8"
 SIZES = {"large": [], "small": ["model_configs.gpt.d_model=64", "model_configs.gpt.hidden_layer=96"]}
 MINUTES = {"large": 5.5, "small": 2.8}  # of one core for a pass over all training titles, beside another run
