@@ -4,11 +4,11 @@
     HN_TITLES=titles.txt.gz python benchmarks/repetition.py --dry     only show them, with their commands and expected minutes
     HN_TITLES=titles.txt.gz python benchmarks/repetition.py --only 'small-1of16-*'
 
-The first recipe of the small track (sweeps/sota/small_first.yaml), in batches of 8 rows rather than 16, reads at two sizes (1.83 and 0.46 million
-parameters without embeddings) 1/16, 1/8, 1/4 and 1/2 of its 90,000 training titles 1, 2, 4 and 7 times, each run with a whole schedule of
-its own. Split, validation titles and tokenizer are the same for all. Besides: one pass over all titles, 16 passes over 1/16; two more seeds
-at both ends of 1/8, to know the noise; and weight decay of 0.1, 1 and 3 in all matrices and tables at seven passes of 1/8 (Kim et al. 2025,
-arXiv:2509.14786), where the recipe has none in its matrices.
+The first recipe of the small track (sweeps/sota/small_first.yaml), in batches of 8 rows rather than 16, reads at two sizes (1.83 and 0.46
+million parameters without embeddings) 1/16, 1/8, 1/4 and 1/2 of its 90,000 training titles 1, 2, 4 and 7 times, each run with a whole
+schedule of its own. Split, validation titles and tokenizer are the same for all. Besides: one pass over all titles, 16 passes over 1/16;
+two more seeds at both ends of 1/8, to know the noise; and weight decay of 0.1, 1 and 3 in all matrices and tables at seven passes of 1/8
+(Kim et al. 2025, arXiv:2509.14786), where the recipe has none in its matrices.
 
 The batch: one pass over 1/16 is 34 steps of 16 rows, and its loss says more about the steps than about the titles. The smaller size reached
 1.731, 1.669 and 1.634 nats per character there in batches of 16, 8 and 4 rows, for 21, 29 and 26 CPU seconds beside other work.

@@ -589,7 +589,7 @@ def test_references_are_kept_and_damage_costs_only_time(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.real
 def test_what_counting_reaches_on_the_recipes_own_tokens():
-    cfg = load_config(ROOT / "sweeps/sota/small.yaml", [f"data.source={os.environ['HN_TITLES']}"])
+    cfg = load_config(ROOT / "sweeps/sota/small_first.yaml", [f"data.source={os.environ['HN_TITLES']}"])
     train, val = split_titles(load_titles(cfg), cfg)
     if len(read_titles(os.environ["HN_TITLES"])) == 394_242:
         tokenizer = train_tokenizer(train, kind="unigram", vocab_size=16_000)
