@@ -101,6 +101,7 @@ def assessed() -> Study:
 CASED = ["tokenizer.kind=cased"]  # letters and their case apart
 WHOLE = ["hyperparams.rows=titles", "hyperparams.shuffle=true"]  # whole titles in a row, in a new order for each epoch
 ADAPTIVE = ["model_configs.gpt.embedding_cutoff=4000", "model_configs.gpt.n_layer=6"]  # few numbers for rare pieces, two more blocks
+WIDER = ["model_configs.gpt.embedding_cutoff=2500", "model_configs.gpt.d_model=192", "model_configs.gpt.n_layer=6"]  # fewer, wider vectors
 SHORT = ["model_configs.gpt.token_shift=true", "model_configs.gpt.input_skips=true"]
 
 
@@ -116,7 +117,8 @@ def half() -> Study:
     return changed(FIRST, [*CASED, "hyperparams.num_titles=50000", "hyperparams.epochs=4"], {
         "cased": [], "weight-decay-0.1": ["hyperparams.weight_decay=0.1"], "whole-titles": WHOLE, **dropout,
         "adaptive": [*WHOLE, *ADAPTIVE], "short-cuts": [*WHOLE, *ADAPTIVE, *SHORT],
-        "short-cuts-dropout-0.05": [*WHOLE, *ADAPTIVE, *SHORT, *dropout["dropout-0.05"]]})
+        "short-cuts-dropout-0.05": [*WHOLE, *ADAPTIVE, *SHORT, *dropout["dropout-0.05"]],
+        "wide-common": [*WHOLE, *WIDER, *SHORT, *dropout["dropout-0.05"]]})
 
 
 def full() -> Study:
@@ -130,7 +132,7 @@ def full() -> Study:
              "-without-rope": ["model_configs.gpt.position=learned"],
              "-without-wsd": ["hyperparams.scheduler=cosine"]}
     final = {"final": [], "without-cased": ["tokenizer.kind=unigram"],
-             "without-adaptive": ["model_configs.gpt.embedding_cutoff=0", "model_configs.gpt.n_layer=4"],
+             "without-adaptive": ["model_configs.gpt.embedding_cutoff=0", "model_configs.gpt.d_model=128", "model_configs.gpt.n_layer=4"],
              "without-whole-titles": ["hyperparams.rows=stream", "hyperparams.shuffle=false"],
              "without-short-cuts": ["model_configs.gpt.token_shift=false", "model_configs.gpt.input_skips=false"],
              "without-low-dropout": ["model_configs.gpt.dropout=0.1"]}

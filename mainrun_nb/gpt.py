@@ -516,10 +516,10 @@ def parameter_table(
     return {**table, "total": sum(table.values())}
 
 # %% ../nbs/15_gpt.ipynb #e5b1a8c4
-def embedding_size(cfg: GPTConfig, vocab_size: int) -> int:
-    "Parameters of `token_embedding`."
-    rare = rare_ids(vocab_size, cfg)
-    return (vocab_size - rare) * cfg.d_model + (cfg.embedding_rank * (rare + cfg.d_model) if rare else 0)
+def embedding_size(cfg: GPTConfig, vocab_size: int) -> tuple[int, int]:
+    "Parameters of the embedding, and of the head beside it."
+    rare, d = rare_ids(vocab_size, cfg), cfg.d_model
+    return (vocab_size - rare) * d + (cfg.embedding_rank * (rare + d) if rare else 0), d * (bool(rare) if cfg.tied else vocab_size)
 
 # %% ../nbs/15_gpt.ipynb #e4ba3349
 def parameter_formula(
@@ -537,14 +537,14 @@ def parameter_formula(
     inner = {w: mlp_width(w, cfg.activation_function, cfg.mlp_ratio) for w in ws}
     head = {w: attn_cfg.intermediate_dim or w for w in ws}
     scorer = sum(w * attn_cfg.n_head + attn_cfg.n_head for w in ws) if isinstance(attn_cfg, SparseKAttnConfig) else 0
+    embedding, out = embedding_size(cfg, vocab_size)
     table = {
-        "embedding": embedding_size(cfg, vocab_size), "positions": context_length * d if cfg.position == "learned" else 0,
+        "embedding": embedding, "positions": context_length * d if cfg.position == "learned" else 0, "head": out,
         "case": cased * (N_CASES * (d + 1) + CASE_WIDTH * (2 * d + 1 + N_CASES)),
         "attention": sum(line(w, 3 * head[w]) + line(head[w], w) + cfg.output_gate * line(w, attn_cfg.n_head) for w in ws),
         "scorer": scorer, "mlp": sum(line(w, inner[w] * (1 + gated)) + line(inner[w], w) for w in ws),
         "norms": (2 * sum(ws) + (ws[-1] if cfg.norm_type == "pre" else 0)) * (1 + bent), "scales": 2 * sum(ws) if cfg.layer_scale else 0,
         "shift": 2 * ws[0] * cfg.token_shift, "skips": 2 * len(ws) * cfg.input_skips,
         "projections": sum(line(i, o) for i, o in zip([d, *ws], [*ws, d], strict=True) if i != o),
-        "head": vocab_size * d if not cfg.tied else d if rare_ids(vocab_size, cfg) else 0,
     }
     return {**{part: n for part, n in table.items() if n}, "total": sum(table.values())}
