@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import mean, median
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = ROOT / "sweeps" / "sota" / "small_first.yaml"
+CONFIG = "sweeps/sota/small_first.yaml"
 PLAIN = "model_configs.gpt.dropout=0"
 
 
@@ -33,7 +33,7 @@ def serve(tokens: str, threads: int, settings: list[str]) -> None:
     from mainrun_nb.config import load_config
 
     torch.set_num_threads(threads)
-    ids, cfg = torch.load(tokens), load_config(CONFIG, ["data.source=synthetic", *settings])
+    ids, cfg = torch.load(tokens), load_config(ROOT / CONFIG, ["data.source=synthetic", *settings])
     hp, clock = cfg.hyperparams, time.process_time if threads == 1 else time.perf_counter
     state = trainer.make_state(cfg, hp.vocab_size, torch.device("cpu"))
     batches = getattr(trainer, "Batches", lambda ids, hp: ids)(ids, hp)  # older commits take the stream itself

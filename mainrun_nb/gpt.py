@@ -6,6 +6,7 @@
 __all__ = ['init_weights', 'GPTCache', 'GPT', 'parameter_table', 'parameter_formula']
 
 # %% ../nbs/15_gpt.ipynb #229ef658
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -248,8 +249,9 @@ class AdaptiveHead(nn.Module):
         rare, which = targets >= tokens.cutoff, targets - tokens.cutoff
         if targets.device.type != "cpu":
             return torch.arange(len(targets), device=targets.device), torch.where(rare, which, IGNORED)
-        if type(targets) is not Tensor:  # a fake tensor has no values to choose by: an eighth of the rows, as on titles
-            return (rows := torch.arange(0, len(targets), 8)), which[rows]
+        if type(targets) is not Tensor:  # a fake tensor has no values to choose by: as many rows as Zipf's law says
+            share = 1 - math.log(tokens.cutoff) / math.log(tokens.num_embeddings)
+            return (rows := torch.arange(round(share * len(targets)))), which[rows]
         return (rows := rare.nonzero()[:, 0]), which[rows]
 
     def loss(self, hidden: Sequence[Tensor], tokens: AdaptiveEmbedding, targets: Tensor, chunk: int, r_drop: float = 0.0) -> Tensor:
