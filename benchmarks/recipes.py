@@ -117,8 +117,7 @@ def half() -> Study:
     return changed(FIRST, [*CASED, "hyperparams.num_titles=50000", "hyperparams.epochs=4"], {
         "cased": [], "weight-decay-0.1": ["hyperparams.weight_decay=0.1"], "whole-titles": WHOLE, **dropout,
         "adaptive": [*WHOLE, *ADAPTIVE], "short-cuts": [*WHOLE, *ADAPTIVE, *SHORT],
-        "short-cuts-dropout-0.05": [*WHOLE, *ADAPTIVE, *SHORT, *dropout["dropout-0.05"]],
-        "wide-common": [*WHOLE, *WIDER, *SHORT, *dropout["dropout-0.05"]]})
+        "recipe": [*WHOLE, *WIDER, *SHORT, *dropout["dropout-0.05"]]})
 
 
 def full() -> Study:
