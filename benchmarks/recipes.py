@@ -134,7 +134,7 @@ def full() -> Study:
              "without-adaptive": ["model_configs.gpt.embedding_cutoff=0", "model_configs.gpt.d_model=128", "model_configs.gpt.n_layer=4"],
              "without-whole-titles": ["hyperparams.rows=stream", "hyperparams.shuffle=false"],
              "without-short-cuts": ["model_configs.gpt.token_shift=false", "model_configs.gpt.input_skips=false"],
-             "without-low-dropout": ["model_configs.gpt.dropout=0.1"]}
+             **{f"dropout-{p}": [f"model_configs.gpt.dropout={p}"] for p in ("0.05", "0.15")}}
     return {"control": (control, ["hyperparams.lr=2.0e-3"]), "control-lr-4.0e-3": (control, ["hyperparams.lr=4.0e-3"]),
             **{f"first{name}": (FIRST, change) for name, change in first.items()}, **changed(RECIPE, [], final)}
 
