@@ -7,7 +7,7 @@
 
 Every run is the command that its row names, in a process of its own; with --jobs several at a time, the cores shared out among them. A run
 that fails gets a row too, with its error. Killed, the same command goes on where it was: finished runs are skipped, those under way are
-resumed from their checkpoints.
+resumed from their checkpoints. (Older rows of sota/small_first.yaml name commits at which that file was still sota/small.yaml.)
 """
 
 import argparse
@@ -102,7 +102,7 @@ CASED = ["tokenizer.kind=cased"]  # letters and their case apart
 WHOLE = ["hyperparams.rows=titles", "hyperparams.shuffle=true"]  # whole titles in a row, in a new order for each epoch
 ADAPTIVE = ["model_configs.gpt.embedding_cutoff=4000", "model_configs.gpt.n_layer=6"]  # few numbers for rare pieces, two more blocks
 WIDER = ["model_configs.gpt.embedding_cutoff=2500", "model_configs.gpt.d_model=192", "model_configs.gpt.n_layer=6"]  # fewer, wider vectors
-SHORT = ["model_configs.gpt.token_shift=true", "model_configs.gpt.input_skips=true"]
+SHORTCUTS = ["model_configs.gpt.token_shift=true", "model_configs.gpt.embedding_skips=true"]
 
 
 def screen3() -> Study:
@@ -116,8 +116,8 @@ def half() -> Study:
     dropout = {f"dropout-{p}": [f"model_configs.gpt.dropout={p}"] for p in ("0.05", "0.15")}
     return changed(FIRST, [*CASED, "hyperparams.num_titles=50000", "hyperparams.epochs=4"], {
         "cased": [], "weight-decay-0.1": ["hyperparams.weight_decay=0.1"], "whole-titles": WHOLE, **dropout,
-        "adaptive": [*WHOLE, *ADAPTIVE], "short-cuts": [*WHOLE, *ADAPTIVE, *SHORT],
-        "recipe": [*WHOLE, *WIDER, *SHORT, *dropout["dropout-0.05"]]})
+        "adaptive": [*WHOLE, *ADAPTIVE], "shortcuts": [*WHOLE, *ADAPTIVE, *SHORTCUTS],
+        "recipe": [*WHOLE, *WIDER, *SHORTCUTS, *dropout["dropout-0.05"]]})
 
 
 def full() -> Study:
@@ -133,7 +133,7 @@ def full() -> Study:
     final = {"final": [], "without-cased": ["tokenizer.kind=unigram"],
              "without-adaptive": ["model_configs.gpt.embedding_cutoff=0", "model_configs.gpt.d_model=128", "model_configs.gpt.n_layer=4"],
              "without-whole-titles": ["hyperparams.rows=stream", "hyperparams.shuffle=false"],
-             "without-short-cuts": ["model_configs.gpt.token_shift=false", "model_configs.gpt.input_skips=false"],
+             "without-shortcuts": ["model_configs.gpt.token_shift=false", "model_configs.gpt.embedding_skips=false"],
              **{f"dropout-{p}": [f"model_configs.gpt.dropout={p}"] for p in ("0.05", "0.15")}}
     return {"control": (control, ["hyperparams.lr=2.0e-3"]), "control-lr-4.0e-3": (control, ["hyperparams.lr=4.0e-3"]),
             **{f"first{name}": (FIRST, change) for name, change in first.items()}, **changed(RECIPE, [], final)}

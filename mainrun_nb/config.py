@@ -193,10 +193,10 @@ class GPTConfig:
     mlp_ratio: float = positive(4.0)  # width of the MLP over the width of the block (swiglu: times 2/3)
     bias: bool = True  # biases in the linear layers and norms
     tied: bool = True  # the head shares the embedding's weights
-    embedding_cutoff: int = at_least(0, 0)  # later, rarer ids share a matrix and have `embedding_rank` numbers each; 0: none
+    embedding_cutoff: int = at_least(0, 0)  # later, rarer ids: `embedding_rank` numbers each and, tied, a softmax of their own; 0: none
     embedding_rank: int = positive(32)
-    token_shift: bool = False  # a token's vector also holds a learned share of the one before it, inside its title
-    input_skips: bool = False  # each block sees the embedding again, by learned scales
+    token_shift: bool = False  # a token's vector also holds a learned share of the one before it
+    embedding_skips: bool = False  # each block sees the embedding again, by learned scales
     residual_scaling: bool = False  # initialise residual outputs smaller, by 1 / sqrt(2 n_layer)
     output_gate: bool = False  # a sigmoid gate per attention head
     layer_scale: float = at_least(0, 0.0)  # initial LayerScale of the residual branches; 0 is off

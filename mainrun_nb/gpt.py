@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from .attention import AttnCommon, Dropout, TokenInfo, build_attention, title_numbers
 from .case import N_CASES, Pairs
 from .config import GPTConfig, InputError, SparseKAttnConfig
-from .loss import IGNORED, linear_cross_entropy
+from .loss import IGNORED, counted_rows, linear_cross_entropy
 
 # %% ../nbs/15_gpt.ipynb #5de0db31
 def make_norm(
@@ -189,6 +189,11 @@ def case_loss(
     return loss / counted.sum()
 
 # %% ../nbs/15_gpt.ipynb #6b869832
+def root_mean_square(x: Tensor) -> Tensor:
+    "How large the numbers of a tensor are; of a single one too, which has no deviation."
+    return torch.linalg.vector_norm(x) / x.numel() ** 0.5
+
+
 class AdaptiveEmbedding(nn.Module):
     "A vector per id: its own for those below `cutoff`, a shared matrix times its `rank` numbers for the others: (...) to (..., width)."
 
@@ -202,7 +207,7 @@ class AdaptiveEmbedding(nn.Module):
         "Initialise the shared matrix so that rare vectors are as large as the others."
         nn.init.normal_(self.expand.weight, std=self.expand.in_features**-0.5)
         with torch.no_grad():
-            self.expand.weight.mul_(self.common.weight.std() / self.rare.weight.std())
+            self.expand.weight.mul_(root_mean_square(self.common.weight) / root_mean_square(self.rare.weight))
 
     @property
     def weight(self) -> Tensor:
@@ -245,11 +250,14 @@ class AdaptiveHead(nn.Module):
         return torch.cat([first[..., :-1], first[..., -1:] + rest], -1)
 
     def rare_rows(self, targets: Tensor, tokens: AdaptiveEmbedding) -> tuple[Tensor, Tensor]:
-        "Which rows have a rare target, and which one it is; on a GPU, which would have to be waited for, all rows, most not counted."
+        """Rows whose target is rare, and its number among the rare ids.
+
+        On a GPU, where finding them would make the host wait: all rows, the others `IGNORED`.
+        """
         rare, which = targets >= tokens.cutoff, targets - tokens.cutoff
         if targets.device.type != "cpu":
             return torch.arange(len(targets), device=targets.device), torch.where(rare, which, IGNORED)
-        if type(targets) is not Tensor:  # a fake tensor has no values to choose by: as many rows as Zipf's law says
+        if hasattr(targets, "fake_mode"):  # without values to choose by: as many rows as Zipf's law says
             share = 1 - math.log(tokens.cutoff) / math.log(tokens.num_embeddings)
             return (rows := torch.arange(round(share * len(targets)))), which[rows]
         return (rows := rare.nonzero()[:, 0]), which[rows]
@@ -257,9 +265,11 @@ class AdaptiveHead(nn.Module):
     def loss(self, hidden: Sequence[Tensor], tokens: AdaptiveEmbedding, targets: Tensor, chunk: int, r_drop: float = 0.0) -> Tensor:
         "What `linear_cross_entropy` is for one softmax; R-Drop compares rare ids where one came."
         rows, which = self.rare_rows(targets, tokens)
-        narrow = tuple(h.index_select(0, rows) @ tokens.expand.weight for h in hidden)
+        off = (which == IGNORED)[:, None]
+        narrow = tuple(counted_rows(h.index_select(0, rows), off) @ tokens.expand.weight for h in hidden)
         parts = [(tuple(hidden), self.common(tokens), targets.clamp(max=tokens.cutoff)), (narrow, tokens.rare.weight, which)]
-        return sum(linear_cross_entropy(*part, chunk, r_drop, reduction="sum") for part in parts) / (targets != IGNORED).sum()
+        first, rest = [linear_cross_entropy(*part, chunk, r_drop, reduction="sum") for part in parts]
+        return (first + rest) / (targets != IGNORED).sum()
 
     def nats(self, hidden: Tensor, tokens: AdaptiveEmbedding, targets: Tensor) -> Tensor:
         "Cross-entropy of each target: (N, width) and (N,) to (N,), in float32."
@@ -286,16 +296,17 @@ class TokenShift(nn.Module):
         return x + torch.sigmoid(self.gate(x) + self.bias) * older
 
 
-class InputSkips(nn.Module):
-    "What block `i` is fed with: the stream and, if it is as wide, the embedding, each times a learned number."
+class EmbeddingSkips(nn.Module):
+    "What block `i` is fed with: the stream and, after the first and where it is as wide, the embedding, each times a learned number."
 
-    def __init__(self, n_layer: int) -> None:
+    def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
-        self.stream, self.embedding = nn.Parameter(torch.ones(n_layer)), nn.Parameter(torch.zeros(n_layer))
+        self.number = {block: n for n, block in enumerate(i for i in range(1, len(widths)) if widths[i] == widths[0])}
+        self.stream, self.embedding = nn.Parameter(torch.ones(len(widths))), nn.Parameter(torch.zeros(len(self.number)))
 
     def forward(self, i: int, x: Tensor, embedding: Tensor) -> Tensor:
         x = self.stream[i] * x
-        return x + self.embedding[i] * embedding if embedding.shape == x.shape else x
+        return x + self.embedding[self.number[i]] * embedding if i in self.number else x
 
 # %% ../nbs/15_gpt.ipynb #8a316c22
 class Embedding(nn.Module):
@@ -346,7 +357,7 @@ class Decoder(nn.Module):
         self.case_head = None if pairs is None else CaseHead(cfg.d_model, pairs)
         self.embed = Embedding(vocab_size if pairs is None else pairs.n_pieces, context_length, cfg, widths[0], pairs is not None)
         self.shift = TokenShift(widths[0]) if cfg.token_shift else None
-        self.skips = InputSkips(len(widths)) if cfg.input_skips else None
+        self.skips = EmbeddingSkips(widths) if cfg.embedding_skips else None
         self.blocks = nn.ModuleList(Block(width, cfg, attn_cfg, common) for width in widths)
         self.norm = make_norm(cfg.norm, widths[-1], cfg.bias) if cfg.norm_type == "pre" else nn.Identity()
         self.project = nn.Identity() if widths[-1] == cfg.d_model else nn.Linear(widths[-1], cfg.d_model, bias=cfg.bias)
@@ -500,8 +511,8 @@ class GPT(Decoder):
 # %% ../nbs/15_gpt.ipynb #697837bf
 _PARTS = {
     "embed.tokens.": "embedding", "embed.positions.": "positions", "embed.cases.": "case", "case_head.": "case",
-    "rare_head.": "head",
-    "shift.": "shift", "skips.": "skips", "inner.score.": "scorer", "inner.sharpness": "scorer", ".attn.inner.": "attention",
+    "inner.score.": "scorer", "inner.sharpness": "scorer", ".attn.inner.": "attention",
+    "rare_head.": "head", "shift.": "shift", "skips.": "skips",
     ".mlp.inner.": "mlp", "norm.": "norms", ".scale.": "scales", "project.": "projections",
     "between.": "projections", "head.": "head",
 }
@@ -546,7 +557,7 @@ def parameter_formula(
         "attention": sum(line(w, 3 * head[w]) + line(head[w], w) + cfg.output_gate * line(w, attn_cfg.n_head) for w in ws),
         "scorer": scorer, "mlp": sum(line(w, inner[w] * (1 + gated)) + line(inner[w], w) for w in ws),
         "norms": (2 * sum(ws) + (ws[-1] if cfg.norm_type == "pre" else 0)) * (1 + bent), "scales": 2 * sum(ws) if cfg.layer_scale else 0,
-        "shift": 2 * ws[0] * cfg.token_shift, "skips": 2 * len(ws) * cfg.input_skips,
+        "shift": 2 * ws[0] * cfg.token_shift, "skips": (len(ws) + ws[1:].count(ws[0])) * cfg.embedding_skips,
         "projections": sum(line(i, o) for i, o in zip([d, *ws], [*ws, d], strict=True) if i != o),
     }
     return {**{part: n for part, n in table.items() if n}, "total": sum(table.values())}

@@ -36,7 +36,7 @@ from .tokenizer import SPECIALS, Tokenizer, disguise, load_tokenizer
 # %% ../nbs/28_hub.ipynb #40831dc2
 _GPT2_FORM = {
     "norm_type": "pre", "norm": "layernorm", "attention_layer": "causal", "position": "learned", "bias": True, "output_gate": False,
-    "layer_scale": 0.0, "restart_positions": False, "token_shift": False, "input_skips": False,
+    "layer_scale": 0.0, "restart_positions": False, "token_shift": False, "embedding_skips": False,
 }
 _GPT2_BENDS = {"gelu": "gelu", "relu": "relu", "gelu_tanh": "gelu_new"}  # ours -> theirs
 

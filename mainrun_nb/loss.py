@@ -189,7 +189,9 @@ def linear_cross_entropy(
     r_drop: float = 0.0,  # weight of R-Drop's penalty, for two passes
     reduction: str = "mean",  # over the counted rows, or sum
 ) -> Tensor:  # scalar, float32; the mean is nan where no row is counted
-    "Cross-entropy of `hidden @ weight.T` in nats, holding `chunk` rows of logits at a time."
+    "Cross-entropy of `hidden @ weight.T` in nats, holding `chunk` rows of logits at a time. Raises `ValueError` for another `reduction`."
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction: mean or sum, found {reduction}")
     if chunk and len(targets) > chunk:
         eager = torch.compiler.disable(_in_chunks) if torch.compiler.is_compiling() else _in_chunks
         total = eager(hidden, weight, targets, chunk, r_drop)

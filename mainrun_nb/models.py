@@ -109,7 +109,7 @@ def count_parameters(
     embeddings: bool = True,  # count those of tokens, positions and cases too, and an untied head
 ) -> int:
     "Parameters of a model, shared ones once."
-    prefixes = ("embed.tokens", "embed.positions", "embed.cases", "head.")
+    prefixes = ("embed.tokens", "embed.positions", "embed.cases", "head.", "rare_head.")
     return sum(p.numel() for name, p in model.named_parameters() if embeddings or not name.startswith(prefixes))
 
 # %% ../nbs/17_models.ipynb #8de84a34

@@ -227,8 +227,10 @@ class Oracle:
                 x = self.linear(x, f"between.{n - 1}")
             if n >= len(self.widths) - self.bridges:
                 x = x + kept[len(self.widths) - 1 - n]
-            if self.m.input_skips:
-                x = self.w("skips.stream")[n] * x + (self.w("skips.embedding")[n] * embedding if width == self.widths[0] else 0)
+            if self.m.embedding_skips:
+                x = self.w("skips.stream")[n] * x
+                if n and width == self.widths[0]:
+                    x = x + self.w("skips.embedding")[self.widths[1:n].count(width)] * embedding
             x = self.block(x, n, same)
             kept.append(x)
         x = self.norm(x, "norm") if self.m.norm_type == "pre" else x

@@ -91,7 +91,7 @@ def draw(seed: int) -> tuple[dict, dict]:
     if rng.random() < 0.25:
         cutoff, rank = (f"model_configs.{arch}.embedding_{name}" for name in ("cutoff", "rank"))
         overrides |= {cutoff: rng.randint(1, 40), rank: rng.randint(1, 9)}
-    for name in ("token_shift", "input_skips"):
+    for name in ("token_shift", "embedding_skips"):
         overrides[f"model_configs.{arch}.{name}"] = rng.random() < 0.25
     return overrides, use
 

@@ -27,8 +27,8 @@ BASE = sorted((Path(__file__).resolve().parents[1] / "sweeps/base").glob("*.yaml
 # --- size ---
 
 
-@pytest.mark.parametrize("path", BASE, ids=lambda p: p.stem)
-def test_base_configuration_has_the_parameters_of_the_formula(path):
+@pytest.mark.parametrize("path", [*BASE, *sorted((BASE[0].parents[1] / "sota").glob("*.yaml"))], ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_a_configuration_has_the_parameters_of_the_formula(path):
     cfg = load_config(path)
     with torch.device("meta"):
         model = build_model(cfg, 16_000)
@@ -97,7 +97,7 @@ CHOICES: dict[str, list[list[str]]] = {  # each choice is a list of overrides; `
     "cutoff": [["M.embedding_cutoff=0"], ["M.embedding_cutoff=10", "M.embedding_rank=4"]],
     "gate": [["M.output_gate=false"], ["M.output_gate=true"]],
     "shift": [["M.token_shift=false"], ["M.token_shift=true"]],
-    "skips": [["M.input_skips=false"], ["M.input_skips=true"]],
+    "skips": [["M.embedding_skips=false"], ["M.embedding_skips=true"]],
     "scale": [["M.layer_scale=0"], ["M.layer_scale=0.1"]],
     "init": [[f"M.init_method={name}"] for name in ("normal", "xavier", "kaiming", "uniform")],
     "residual": [["M.residual_scaling=false"], ["M.residual_scaling=true"]],

@@ -98,13 +98,14 @@ def test_every_parameter_is_in_exactly_one_group(name, tied):
 @pytest.mark.parametrize("cutoff", [0, 20])
 def test_kinds_of_parameters(tied, cutoff):
     cfg = config()
-    cfg.model_configs.gpt.tied, cfg.model_configs.gpt.embedding_cutoff = tied, cutoff
+    gpt = cfg.model_configs.gpt
+    gpt.tied, gpt.embedding_cutoff, gpt.token_shift, gpt.embedding_skips = tied, cutoff, True, True
     model = build_model(cfg, V)
     kinds = {id(p): kind for kind, ps in parameter_groups(model).items() for p in ps}
     for name, p in model.named_parameters():
         expected = "tables" if name.startswith("embed.tokens") or name.startswith("embed.positions") else None
         expected = "head" if name == "embed.tokens.expand.weight" else expected
-        expected = expected or ("head" if name == "head.weight" else "matrices" if p.ndim == 2 else "vectors")
+        expected = expected or ("head" if name == "head.weight" else "matrices" if p.ndim == 2 and len(p) > 1 else "vectors")
         assert kinds[id(p)] == expected, name
 
 
