@@ -47,9 +47,8 @@ def grid() -> dict[str, list[str]]:
         usual = (model == "causal") + (optimizer == "adamw") + (precision == "auto")
         if usual >= (0 if ALL and torch.cuda.get_device_capability() == (9, 0) else 2):
             cases[f"{model}, {optimizer}, {precision}"] = [*shape, f"hyperparams.optimizer={optimizer}", *amp]
-    whole = ALL and torch.cuda.get_device_capability() != (9, 0)
     muon = ["hyperparams.optimizer=muon", *PRECISIONS["auto"]]
-    return {**cases, **({} if whole else {name: [*muon, *extra] for name, extra in OPTIONS.items()})}
+    return cases | {name: [*muon, *extra] for name, extra in OPTIONS.items()}
 
 
 @pytest.fixture
