@@ -217,7 +217,7 @@ def _groups(model: nn.Module, hp: Hyperparams, muon: bool) -> list[dict[str, Any
         groups += [{**group, "initial_lr": group["lr"]}] if params else []
     return groups
 
-# %% ../nbs/21_optim.ipynb #c375af83
+# %% ../nbs/21_optim.ipynb #687b160b
 TAKE_TENSORS = frozenset(cls for cls, _ in OPTIMIZERS.values())  # as learning rates; a registered one may not
 OF_DEVICE = ("foreach", "fused", "capturable")
 
