@@ -67,11 +67,12 @@ class Adafactor(Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
+            lr, kept = group["lr"], 1 - group["lr"] * group["weight_decay"]
             for p in (p for p in group["params"] if p.grad is not None):
                 state, eps = self.state[p], torch.finfo(p.dtype).eps
                 count = state.setdefault("count", torch.zeros((), dtype=p.dtype, device=p.device)).add_(1)
-                rate = count.rsqrt().clamp(max=group["lr"]) * _rms(p).clamp(min=1e-3)
-                p.mul_(1 - group["lr"] * group["weight_decay"])
+                rate = count.rsqrt().clamp(max=lr) * _rms(p).clamp(min=1e-3)
+                p.mul_(kept)
                 update = _second_moment(p.grad, state, count**-0.8, eps).clamp_(min=eps**2).rsqrt_().mul_(p.grad)
                 p.sub_(update.mul_(rate / _rms(update).clamp(min=1)))
 
@@ -105,6 +106,11 @@ def stacks(params: list[nn.Parameter]) -> Iterator[list[list[Tensor]]]:
 def wide(x: Tensor) -> Tensor:
     "A matrix on its wider side."
     return x if x.shape[0] <= x.shape[1] else x.mT
+
+
+def times(x: Tensor, lr: float | Tensor) -> tuple[Tensor, float]:  # (n, r, c), in 32 bits
+    "The updates, and the factor they still lack: a rate that is a tensor is multiplied in here, for no kernel takes it as a number."
+    return (x * lr.view(1, 1, 1), 1.0) if isinstance(lr, Tensor) else (x.float(), lr)
 
 # %% ../nbs/21_optim.ipynb #8621cb9e
 class Muon(Optimizer):
@@ -142,19 +148,19 @@ class Muon(Optimizer):
             kept = kept if skip is None else torch.where(skip, 1, kept)
             for parts in stacks(group["params"]):
                 ahead = [wide(x) for alike in parts for x in self._ahead(alike, group["momentum"], skip)]
-                updates = orthogonal(torch.stack(ahead)).float()
+                updates, lr = times(orthogonal(torch.stack(ahead)), group["lr"])
                 updates = updates if skip is None else updates.masked_fill_(skip, 0)
                 for alike, some in zip(parts, updates.split([len(alike) for alike in parts]), strict=True):
-                    self._move(alike, some if some.shape[1:] == alike[0].shape else some.mT, kept, group["lr"])
+                    self._move(alike, some if some.shape[1:] == alike[0].shape else some.mT, kept, lr)
 
 # %% ../nbs/21_optim.ipynb #575556ee
 class MuonAdamW(Optimizer):
     "Muon on the groups marked `muon`, AdamW on the others; one optimizer to everything outside. The Muon groups come first."
 
-    def __init__(self, params: Any, fused: bool | None = None) -> None:
+    def __init__(self, params: Any, **more: Any) -> None:  # more: AdamW's settings
         muon, adamw = [g for g in params if g["muon"]], [g for g in params if not g["muon"]]
         self.parts: list[Optimizer] = [Muon(muon)] if muon else []
-        self.parts += [torch.optim.AdamW(adamw, fused=fused)] if adamw else []
+        self.parts += [torch.optim.AdamW(adamw, **more)] if adamw else []
         super().__init__([g for part in self.parts for g in part.param_groups], {})
         self._share()
 
@@ -178,12 +184,12 @@ _Recipe = tuple[type[Optimizer], Callable[[Hyperparams, bool], dict[str, Any]]]
 # The class, and its settings for (hp, on a GPU?) beyond learning rate and weight decay.
 OPTIMIZERS: dict[str, _Recipe] = {
     "sgd": (torch.optim.SGD, lambda hp, cuda: {"momentum": hp.momentum, "fused": True}),
-    "adam": (torch.optim.Adam, lambda hp, cuda: {"betas": tuple(hp.betas), "fused": True}),
-    "adamw": (torch.optim.AdamW, lambda hp, cuda: {"betas": tuple(hp.betas), "fused": True}),
+    "adam": (torch.optim.Adam, lambda hp, cuda: {"betas": tuple(hp.betas), "fused": True, "capturable": cuda}),
+    "adamw": (torch.optim.AdamW, lambda hp, cuda: {"betas": tuple(hp.betas), "fused": True, "capturable": cuda}),
     "adagrad": (torch.optim.Adagrad, lambda hp, cuda: {"fused": (not cuda or torch.__version__ >= "2.13") or None}),
     "rmsprop": (torch.optim.RMSprop, lambda hp, cuda: {"momentum": hp.momentum, "capturable": cuda}),
     "adafactor": (Adafactor, lambda hp, cuda: {}),
-    "muon": (MuonAdamW, lambda hp, cuda: {"fused": True}),
+    "muon": (MuonAdamW, lambda hp, cuda: {"fused": True, "capturable": cuda}),
 }
 
 # %% ../nbs/21_optim.ipynb #c28703b6
@@ -211,6 +217,35 @@ def _groups(model: nn.Module, hp: Hyperparams, muon: bool) -> list[dict[str, Any
         groups += [{**group, "initial_lr": group["lr"]}] if params else []
     return groups
 
+# %% ../nbs/21_optim.ipynb #687b160b
+TAKE_TENSORS = frozenset(cls for cls, _ in OPTIMIZERS.values())  # as learning rates; a registered one may not
+OF_DEVICE = ("foreach", "fused", "capturable")
+
+
+def rates_as_tensors(optimizer: Optimizer, device: torch.device | str) -> None:
+    "Keep the learning rate of each group in the memory of the device."
+    for group in optimizer.param_groups:
+        group["lr"] = torch.full((), group["lr"], device=device)
+
+
+def numbers_for_rates(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    "What is done to a state that was asked for."
+    for group in state["param_groups"]:
+        group["lr"] = float(group["lr"])
+
+
+def on_this_device(own: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+    "The saved settings of a group, as the group itself has them on its device."
+    lr = float(saved["lr"])
+    kept = {k: own[k] for k in OF_DEVICE if k in own}
+    return {**saved, **kept, "lr": torch.full_like(own["lr"], lr) if isinstance(own["lr"], Tensor) else lr}
+
+
+def keep_to_device(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    "What is done to a state that is about to be loaded; one with other groups is refused by torch."
+    if len(own := optimizer.param_groups) == len(saved := state["param_groups"]):
+        state["param_groups"] = [on_this_device(*pair) for pair in zip(own, saved, strict=True)]
+
 # %% ../nbs/21_optim.ipynb #18afc9f1
 def build_optimizer(
     model: nn.Module,
@@ -219,12 +254,19 @@ def build_optimizer(
 ) -> Optimizer:
     "The optimizer that `hp` names, over every trainable parameter of `model`. Raises `InputError` for an unknown name."
     cls, settings = OPTIMIZERS[check_name(hp.optimizer, OPTIMIZERS, "hyperparams.optimizer")]
-    groups, more = _groups(model, hp, cls is MuonAdamW), settings(hp, next(model.parameters()).is_cuda)
+    device = next(model.parameters()).device
+    groups, more = _groups(model, hp, cls is MuonAdamW), settings(hp, device.type == "cuda")
     if hp.zero_optimizer and world_size > 1:
         from torch.distributed.optim import ZeroRedundancyOptimizer
 
-        return ZeroRedundancyOptimizer(groups, optimizer_class=cls, **more)  # type: ignore[arg-type]
-    return cls(groups, **more)
+        optimizer: Optimizer = ZeroRedundancyOptimizer(groups, optimizer_class=cls, **more)  # type: ignore[arg-type]
+    else:
+        optimizer = cls(groups, **more)
+        if device.type == "cuda" and cls in TAKE_TENSORS:
+            rates_as_tensors(optimizer, device)
+    optimizer.register_state_dict_post_hook(numbers_for_rates)
+    optimizer.register_load_state_dict_pre_hook(keep_to_device)
+    return optimizer
 
 
 def whole_state(
@@ -279,7 +321,11 @@ def lr_factor(
 def set_lr(optimizer: Optimizer, factor: float) -> None:
     "Set the learning rate of every group to its initial one times `factor`."
     for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * factor
+        lr = group["initial_lr"] * factor
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)  # a kernel that is given the number: nothing is copied from the host
+        else:
+            group["lr"] = lr
 
 # %% ../nbs/21_optim.ipynb #007910dc
 def half_precision(

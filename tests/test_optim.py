@@ -25,6 +25,7 @@ from mainrun_nb.optim import (
     lr_factor,
     make_scaler,
     parameter_groups,
+    rates_as_tensors,
     set_lr,
     step_and_select,
     train_step,
@@ -127,6 +128,51 @@ def test_muon_gets_the_hidden_matrices_and_adamw_the_rest():
     }
     set_lr(optimizer, 0.5)
     assert muon.param_groups[0]["lr"] == 0.01 and adamw.param_groups[0]["lr"] == 5e-4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rates_are_numbers_on_a_cpu_and_tensors_move_the_weights_as_far(name):
+    """A captured step needs rates in memory that stays; on a CPU nothing changes: numbers, before a load and after."""
+    found = []
+    for tensors in (False, True):
+        model, optimizer, hp = setup(optimizer=name, momentum=0.5)
+        assert all(type(group["lr"]) is float for group in optimizer.param_groups)
+        if tensors:
+            rates_as_tensors(optimizer, "cpu")
+        rates = [group["lr"] for group in optimizer.param_groups]
+        for t in range(4):
+            set_lr(optimizer, lr_factor(t, 4, hp))
+            train_step(model, optimizer, *batch(t), hp)
+        assert all((group["lr"] is rate) == tensors for group, rate in zip(optimizer.param_groups, rates, strict=True))
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        state = optimizer.state_dict()
+        assert all(type(group["lr"]) is float for group in state["param_groups"])
+        optimizer.load_state_dict({**state, "param_groups": [{**g, "lr": g["lr"] / 2} for g in state["param_groups"]]})
+        for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+            assert isinstance(group["lr"], torch.Tensor) == tensors and float(group["lr"]) == pytest.approx(saved["lr"] / 2)
+    torch.testing.assert_close(*found, rtol=0, atol=1e-3 if name == "muon" else 1e-6)  # Muon's gradients are rounded to bfloat16
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_state_saved_on_a_gpu_goes_on_on_a_cpu(name):
+    """Its settings for the GPU stay there, and the next step is what it would have been."""
+    model, optimizer, hp = setup(optimizer=name, momentum=0.5)
+    train_step(model, optimizer, *batch(0), hp)
+    state, weights = copy.deepcopy((whole_state(optimizer), model.state_dict()))
+    elsewhere = copy.deepcopy(state)
+    for group in elsewhere["param_groups"]:
+        group |= {"lr": torch.tensor(group["lr"]), **({"capturable": True} if "capturable" in group else {})}
+    after = []
+    for saved in (state, elsewhere):
+        model, optimizer, hp = setup(optimizer=name, momentum=0.5)
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(saved)
+        set_lr(optimizer, 0.5)
+        train_step(model, optimizer, *batch(1), hp)
+        after.append(model.state_dict())
+    assert same(*after)
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        optimizer.load_state_dict({**state, "param_groups": state["param_groups"][:-1]})
 
 
 def test_muon_scale_and_decoupled_decay():

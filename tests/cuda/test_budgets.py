@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import ALL
 from memory import cases, compare
-from pretended import watching
+from pretended import library, watching
 from steps import steps
 from test_runs import MODELS, SMALL
 
@@ -18,6 +18,7 @@ SWEEPS = Path(__file__).resolve().parents[2] / "sweeps"
 # Launches of an eager step, with a margin of 3 %.
 LAUNCHES = {"base/baseline": 447, "base/baseline hyperparams.amp_bool=true": 598, "sota/small": 629, "sota/full": 1398,
             "base/sparsek": 5165}
+COMPILED = {"base/baseline": 393, "sota/small": 484, "sota/full": 894}  # likewise
 
 
 @pytest.mark.parametrize("name", LAUNCHES)
@@ -27,6 +28,37 @@ def test_launches_of_a_step(name):
     print(f"{name}: {seen.launches / 2:.0f} launches a step")
     assert not seen.waits, "the host waits for the device inside a step"
     assert 0 < seen.launches / 2 <= LAUNCHES[name]
+
+
+@pytest.fixture
+def counted_kernels(monkeypatch):
+    """Triton's kernels are counted where they are started, and not compiled: most of the time of `torch.compile`, and nothing would run."""
+    import torch._inductor.config
+
+    class Counted:
+        def __init__(self, compiler, name, *args, **more):
+            self.name = name.encode()
+
+        def run(self, *args, **more):
+            library.pretended_launch(self.name)
+
+    with torch._inductor.config.patch(compile_threads=1, force_disable_caches=True):
+        from torch._inductor.async_compile import AsyncCompile
+
+        torch._dynamo.reset()
+        monkeypatch.setattr(AsyncCompile, "triton", lambda *args, **more: Counted(*args, **more))
+        yield
+        torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_launches_of_a_compiled_step(name, counted_kernels):
+    over = ["data.source=synthetic", "hyperparams.device=cuda", "hyperparams.compile=true"]
+    seen, _ = steps(load_config(SWEEPS / f"{name}.yaml", over))
+    print(f"{name}, compiled: {seen.launches / 2:.0f} launches a step")
+    assert any(kernel.startswith("triton_") for kernel in seen.kernels), "nothing was compiled"
+    assert not seen.waits, "the host waits for the device inside a step"
+    assert 0 < seen.launches / 2 <= COMPILED[name]
 
 
 @pytest.mark.parametrize("name", ["causal", "unet", "fixed", "merged", "sparsek"])

@@ -34,6 +34,7 @@ OPTIONS = {
     "checkpointing": ["hyperparams.checkpoint_activations=true"], "whole logits": ["hyperparams.loss_chunk=0"],
     "small chunks": ["hyperparams.loss_chunk=64"], "no clipping": ["hyperparams.grad_clip=0"], "no tf32": ["hyperparams.tf32=false"],
     "deterministic": ["hyperparams.deterministic=true"], "momentum": ["hyperparams.optimizer=sgd", "hyperparams.momentum=0.9"],
+    "rare ids": ["model_configs.gpt.embedding_cutoff=200", "model_configs.gpt.embedding_rank=16"],
     "cased": ["tokenizer.kind=cased"], "unigram": ["tokenizer.kind=unigram"], "challenge": ["tokenizer.kind=challenge"],
     "rmsnorm, swiglu": ["model_configs.gpt.norm=rmsnorm", "model_configs.gpt.activation_function=swiglu", "model_configs.gpt.bias=false"],
     "post-norm, untied": ["model_configs.gpt.norm_type=post", "model_configs.gpt.tied=false"],
@@ -47,9 +48,8 @@ def grid() -> dict[str, list[str]]:
         usual = (model == "causal") + (optimizer == "adamw") + (precision == "auto")
         if usual >= (0 if ALL and torch.cuda.get_device_capability() == (9, 0) else 2):
             cases[f"{model}, {optimizer}, {precision}"] = [*shape, f"hyperparams.optimizer={optimizer}", *amp]
-    whole = ALL and torch.cuda.get_device_capability() != (9, 0)
     muon = ["hyperparams.optimizer=muon", *PRECISIONS["auto"]]
-    return {**cases, **({} if whole else {name: [*muon, *extra] for name, extra in OPTIONS.items()})}
+    return cases | {name: [*muon, *extra] for name, extra in OPTIONS.items()}
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@
 #include <mutex>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 using Guard = std::lock_guard<std::recursive_mutex>;
@@ -37,19 +38,34 @@ static int counted(const char* call) {
   return ok;
 }
 
+// A stream that is being captured as a graph. While one is, a thread that has not relaxed its rules may not wait for the device.
+static std::atomic<void*> captured_stream{nullptr};
+static std::atomic<bool> capture_lost{false};
+static std::atomic<size_t> captures{0}, nodes{0};
+static thread_local int capture_mode = cudaStreamCaptureModeGlobal;
+
 // What the host waits for, or copies to or from it: told to Python, which knows the line.
 static int told(const char* call, size_t bytes = 0) {
   counted(call);
   if (on_wait) on_wait(call, bytes);
-  return ok;
+  if (!captured_stream || capture_mode == cudaStreamCaptureModeRelaxed) return ok;
+  capture_lost = true;
+  return cudaErrorStreamCaptureUnsupported;
 }
 
 static int launched(const void* stub, const char* name = "unknown kernel") {
   Guard guard(mutex);
   auto found = kernel_names.find(stub);
   launches++;
+  if (captured_stream) nodes++;
   kernels[found == kernel_names.end() ? name : found->second]++;
   return ok;
+}
+
+// A kernel started on another stream than the one that is captured would be no part of the graph.
+static int launched_on(void* stream, const void* stub) {
+  if (captured_stream && stream != captured_stream) return told("a kernel beside the capture");
+  return launched(stub);
 }
 
 // ---- For the tests, by ctypes
@@ -99,9 +115,9 @@ PUBLIC int __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, v
   return ok;
 }
 PUBLIC int __cudaGetKernel(void** kernel, const void* stub) { *kernel = (void*)stub; return ok; }
-PUBLIC int __cudaLaunchKernel(void* stub, dim3, dim3, void**, size_t, void*) { return launched(stub); }
-PUBLIC int cudaLaunchKernel(const void* stub, dim3, dim3, void**, size_t, void*) { return launched(stub); }
-PUBLIC int cudaLaunchKernelExC(const void*, const void* stub, void**) { return launched(stub); }
+PUBLIC int __cudaLaunchKernel(void* stub, dim3, dim3, void**, size_t, void* stream) { return launched_on(stream, stub); }
+PUBLIC int cudaLaunchKernel(const void* stub, dim3, dim3, void**, size_t, void* stream) { return launched_on(stream, stub); }
+PUBLIC int cudaLaunchKernelExC(const cudaLaunchConfig_t* how, const void* stub, void**) { return launched_on(how->stream, stub); }
 PUBLIC int cudaLaunchHostFunc(void*, void (*act)(void*), void* data) { act(data); return ok; }
 PUBLIC int cudaStreamAddCallback(void* stream, void (*act)(void*, int, void*), void* data, unsigned) { act(stream, 0, data); return ok; }
 
@@ -277,16 +293,34 @@ PUBLIC int cudaStreamCreateWithFlags(void** stream, unsigned) { return cudaStrea
 PUBLIC int cudaStreamCreateWithPriority(void** stream, unsigned, int) { return cudaStreamCreate(stream); }
 PUBLIC int cudaStreamDestroy(void*) { return ok; }
 PUBLIC int cudaStreamGetPriority(void*, int* priority) { *priority = 0; return ok; }
-PUBLIC int cudaStreamIsCapturing(void*, int* status) { *status = 0; return ok; }
-PUBLIC int cudaStreamGetCaptureInfo(void*, int* status, unsigned long long* id, void*, void*, void*, size_t*) {
-  *status = 0;
-  if (id) *id = 0;
+PUBLIC int cudaStreamIsCapturing(void* stream, int* status) {
+  *status = stream && stream == captured_stream ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return ok;
 }
+PUBLIC int cudaStreamGetCaptureInfo(void* stream, int* status, unsigned long long* id, void*, void*, void*, size_t*) {
+  cudaStreamIsCapturing(stream, status);
+  if (id) *id = captures;
+  return ok;
+}
+PUBLIC int cudaStreamBeginCapture(void* stream, int) {
+  if (captured_stream || !stream) return cudaErrorStreamCaptureUnsupported;
+  captures++, nodes = 0, capture_lost = false, captured_stream = stream;
+  return ok;
+}
+PUBLIC int cudaStreamEndCapture(void*, void** graph) {
+  captured_stream = nullptr;
+  *graph = capture_lost ? nullptr : (void*)captures.load();
+  return capture_lost ? cudaErrorStreamCaptureInvalidated : ok;
+}
+PUBLIC int cudaGraphGetNodes(void*, void*, size_t* count) { *count = nodes; return ok; }
+PUBLIC int cudaGraphInstantiateWithFlags(void** ready, void* graph, unsigned long long) { *ready = graph; return ok; }
+PUBLIC int cudaGraphLaunch(void*, void*) { return launched(nullptr, "a graph"); }
+PUBLIC int cudaGraphDestroy(void*) { return ok; }
+PUBLIC int cudaGraphExecDestroy(void*) { return ok; }
 PUBLIC int cudaStreamQuery(void*) { return ok; }
 PUBLIC int cudaStreamSynchronize(void*) { return told("cudaStreamSynchronize"); }
 PUBLIC int cudaStreamWaitEvent(void*, void*, unsigned) { return counted("cudaStreamWaitEvent"); }
-PUBLIC int cudaThreadExchangeStreamCaptureMode(int*) { return ok; }
+PUBLIC int cudaThreadExchangeStreamCaptureMode(int* mode) { std::swap(*mode, capture_mode); return ok; }
 PUBLIC int cudaEventCreate(void** event) { *event = (void*)(next_handle += 16); return ok; }
 PUBLIC int cudaEventCreateWithFlags(void** event, unsigned) { return cudaEventCreate(event); }
 PUBLIC int cudaEventDestroy(void*) { return ok; }
