@@ -1424,4 +1424,11 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'mainrun_nb.unet_gpt.UNetGPT.widths': ('unet_gpt.html#unetgpt.widths', 'mainrun_nb/unet_gpt.py'),
                                      'mainrun_nb.unet_gpt.check_widths': ('unet_gpt.html#check_widths', 'mainrun_nb/unet_gpt.py'),
                                      'mainrun_nb.unet_gpt.make_projections': ('unet_gpt.html#make_projections', 'mainrun_nb/unet_gpt.py'),
-                                     'mainrun_nb.unet_gpt.mirrored': ('unet_gpt.html#mirrored', 'mainrun_nb/unet_gpt.py')}}}
+                                     'mainrun_nb.unet_gpt.mirrored': ('unet_gpt.html#mirrored', 'mainrun_nb/unet_gpt.py')},
+            'mainrun_nb.width': { 'mainrun_nb.width._Times': ('width.html#_times', 'mainrun_nb/width.py'),
+                                  'mainrun_nb.width._Times.__init__': ('width.html#_times.__init__', 'mainrun_nb/width.py'),
+                                  'mainrun_nb.width._Times.forward': ('width.html#_times.forward', 'mainrun_nb/width.py'),
+                                  'mainrun_nb.width._activations': ('width.html#_activations', 'mainrun_nb/width.py'),
+                                  'mainrun_nb.width._check_mup': ('width.html#_check_mup', 'mainrun_nb/width.py'),
+                                  'mainrun_nb.width.coordinate_check': ('width.html#coordinate_check', 'mainrun_nb/width.py'),
+                                  'mainrun_nb.width.mup': ('width.html#mup', 'mainrun_nb/width.py')}}}

@@ -1,0 +1,182 @@
+"""Does the learning rate that is best for a narrow GPT hold for a wide one? The runs behind chapter 33c.
+
+    HN_TITLES=titles.txt.gz python benchmarks/width.py                both parts: what is not in their tables
+    HN_TITLES=titles.txt.gz python benchmarks/width.py coordinates    -> benchmarks/results/coordinates.csv
+    HN_TITLES=titles.txt.gz python benchmarks/width.py rates          -> benchmarks/results/width.csv
+    HN_TITLES=titles.txt.gz python benchmarks/width.py --dry          only show what would be next
+    HN_TITLES=titles.txt.gz python benchmarks/width.py --run adamw-mup-96-7-1337        make this run and print its row
+
+GPTs of two layers, with heads of 16 numbers and a vocabulary of 2,000, read the first titles of a draw of 20,000 in batches of 512 tokens,
+by AdamW or Muon, in standard parametrisation or in maximal update parametrisation. The latter is relative to the least width, where the two
+are the same.
+
+`coordinates`: how much the outputs of each part change in four steps, at five widths and three seeds.
+
+`rates`: 200 steps in bfloat16, with warmup and decay, at three widths. A run's name says its optimizer, parametrisation, width, rate (7 is
+2^-7) and seed. With the first seed, rates go on by factors of two until two on each side of the best are worse; the second seed repeats
+these five. The rate of Muon is that of the matrices; tables and vectors have half of it, as in the recipe of the small track.
+
+One thread and one process. Rows are written as they are measured: a study that was stopped goes on where it was. A row's command makes the
+same run again.
+"""
+
+import argparse
+import csv
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mainrun_nb.config import Config, load_config
+from mainrun_nb.data import Batches
+from mainrun_nb.models import count_parameters
+from mainrun_nb.runtime import freed_memory_kept, git_commit
+from mainrun_nb.trainer import RunData, TrainState, evaluate_state, make_state, prepare_data, take_step
+from mainrun_nb.width import coordinate_check, mup
+
+RESULTS = Path(__file__).parent / "results"
+WIDTHS, SEEDS, STEPS, FIRST = (32, 96, 256), (1337, 1), 200, 7  # rates from 2^-7
+CHECKED, CHECK_SEEDS, CHECK_RATE = (32, 64, 128, 256, 512), (1337, 1, 2), 7
+BASE = ["data.source=${oc.env:HN_TITLES}", "hyperparams.num_titles=20000", "hyperparams.epochs=1", "hyperparams.vocab_size=2000",
+        "tokenizer.kind=bpe", "hyperparams.context_length=64", "hyperparams.batch_size=8", "hyperparams.betas=[0.9,0.95]",
+        "hyperparams.weight_decay=0", "hyperparams.adamw_weight_decay=0", "hyperparams.scheduler=wsd", "hyperparams.warmup=0.05",
+        "hyperparams.decay=0.3", "hyperparams.amp_bool=true", "model_configs.gpt.n_layer=2", "model_configs.gpt.dropout=0",
+        "model_configs.gpt.position=rope", "model_configs.gpt.residual_scaling=true"]
+
+
+def configured(optimizer: str, width: int, rate: int, seed: int, *more: str) -> Config:
+    "The configuration of a run."
+    lr = 2.0**-rate
+    shape = [f"model_configs.gpt.{k}={width}" for k in ("d_model", "hidden_layer")] + [f"attn_configs.causal.n_head={width // 16}"]
+    rates = [f"hyperparams.optimizer={optimizer}", f"hyperparams.lr={lr}", f"hyperparams.adamw_lr={lr / 2}"]
+    return load_config(overrides=[*BASE, *shape, *rates, f"hyperparams.seed={seed}", *more])
+
+
+def fresh(cfg: Config, parametrisation: str, vocab_size: int) -> TrainState:
+    "A state at step 0."
+    state = make_state(cfg, vocab_size, torch.device("cpu"))
+    if parametrisation == "mup":
+        mup(state.model, state.optimizer, WIDTHS[0])
+    return state
+
+
+def check(optimizer: str, parametrisation: str, width: int, seed: int, data: RunData) -> dict[str, float]:
+    "What a few steps change, by part."
+    cfg = configured(optimizer, width, CHECK_RATE, seed, "hyperparams.scheduler=none", "hyperparams.warmup=0", "hyperparams.amp_bool=false")
+    state = fresh(cfg, parametrisation, data.tokenizer.vocab_size)
+    found = coordinate_check(state, Batches(data.train_ids, cfg.hyperparams), cfg.hyperparams)
+    return {part: float(f"{change:.5g}") for part, change in found.items()}
+
+
+def named(optimizer: str, parametrisation: str, width: int, rate: int, seed: int) -> str:
+    "A run's name."
+    return f"{optimizer}-{parametrisation}-{width}-{rate}-{seed}"
+
+
+def measure(name: str, data: RunData) -> dict[str, Any]:
+    "Make the run of this name: its row."
+    optimizer, parametrisation, width, rate, seed = (part if part.isalpha() else int(part) for part in name.split("-"))
+    began, cfg = time.process_time(), configured(optimizer, width, rate, seed)
+    state, hp = fresh(cfg, parametrisation, data.tokenizer.vocab_size), cfg.hyperparams
+    batches = Batches(data.train_ids, hp)
+    with freed_memory_kept():
+        while state.step < STEPS:
+            take_step(state, state.model, batches, slice(None), hp, STEPS)
+        metrics = evaluate_state(state, data, cfg, challenge=False)
+    commit = git_commit() or ""
+    return {"name": name, "optimizer": optimizer, "parametrisation": parametrisation, "width": width, "lr": hp.lr, "seed": seed,
+            "n": count_parameters(state.model, embeddings=False), "d": STEPS * batches.size, "loss": round(metrics["val/loss"], 5),
+            "nats_per_token": round(metrics["val/nats_per_token"], 5), "steps": STEPS,
+            "cpu_seconds": round(time.process_time() - began, 1), "torch": torch.__version__,
+            "commit": commit[:10] + "+" * commit.endswith("+"), "command": f"python benchmarks/width.py --run {name}"}
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    "The rows so far."
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def add_row(path: Path, row: dict[str, Any]) -> None:
+    "One more row."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(row), lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def wanted(tried: dict[int, float], guide: dict[int, float]) -> list[int]:
+    "Which rates around the best of the guide are not tried, the nearest first."
+    best = min(guide, key=lambda k: guide[k] if math.isfinite(guide[k]) else math.inf, default=FIRST)
+    return sorted(set(range(best - 2, best + 3)) - set(tried), key=lambda k: (abs(k - best), k))
+
+
+def curves() -> Iterator[tuple[str, str, int]]:
+    "Optimizer, parametrisation and width of each curve, the cheapest first; at the least width the two parametrisations are one."
+    for width in WIDTHS:
+        for optimizer in ("adamw", "muon"):
+            for parametrisation in ("standard",) if width == WIDTHS[0] else ("standard", "mup"):
+                yield optimizer, parametrisation, width
+
+
+def left(rows: list[dict[str, str]]) -> list[str]:
+    "Names of the runs still to be made, as far as the losses of these rows tell, the next one first."
+    losses, names = {row["name"]: float(row["loss"]) for row in rows}, []
+    for seed in SEEDS:
+        for curve in curves():
+            guide, tried = ({k: losses[name] for k in range(30) if (name := named(*curve, k, s)) in losses} for s in (SEEDS[0], seed))
+            names += [named(*curve, k, seed) for k in wanted(tried, guide)]
+    return names
+
+
+def make_coordinates(path: Path) -> None:
+    "The rows that the first table lacks."
+    done = [(row["optimizer"], row["parametrisation"], row["width"], row["seed"]) for row in table(path)]
+    kinds = [(o, p, w, s) for o in ("adamw", "muon") for p in ("standard", "mup") for w in CHECKED for s in CHECK_SEEDS]
+    todo = [key for key in kinds if tuple(map(str, key)) not in done]
+    data = prepare_data(configured("adamw", WIDTHS[0], FIRST, SEEDS[0])) if todo else None
+    for key in todo:
+        row = dict(zip(("optimizer", "parametrisation", "width", "seed"), key, strict=True)) | check(*key, data)
+        add_row(path, row)
+        print(row, flush=True)
+
+
+def make_rates(path: Path) -> None:
+    "The rows that the second table lacks."
+    data = prepare_data(configured("adamw", WIDTHS[0], FIRST, SEEDS[0])) if left(table(path)) else None
+    while names := left(table(path)):
+        add_row(path, row := measure(names[0], data))
+        print(f"{names[0]}: {row['loss']:.4f} in {row['cpu_seconds']:.0f} CPU seconds", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="?", choices=("coordinates", "rates"), help="default: both")
+    parser.add_argument("--run", metavar="NAME", help="make this run of the rates again, and write nothing")
+    parser.add_argument("--dry", action="store_true", help="show which runs of the rates would be next, and make none")
+    args = parser.parse_args()
+    if args.dry:
+        print("\n".join(left(table(RESULTS / "width.csv"))))
+        return
+    if "HN_TITLES" not in os.environ:
+        parser.exit(0, "width.py: nothing was measured; HN_TITLES must name a file of titles\n")
+    torch.set_num_threads(1)
+    if args.run:
+        print(measure(args.run, prepare_data(configured("adamw", WIDTHS[0], FIRST, SEEDS[0]))))
+        return
+    for part, make in (("coordinates", make_coordinates), ("rates", make_rates)):
+        if args.part in (None, part):
+            make(RESULTS / f"{'width' if part == 'rates' else part}.csv")
+
+
+if __name__ == "__main__":
+    main()
