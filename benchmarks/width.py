@@ -4,7 +4,7 @@
     HN_TITLES=titles.txt.gz python benchmarks/width.py coordinates    -> benchmarks/results/coordinates.csv
     HN_TITLES=titles.txt.gz python benchmarks/width.py rates          -> benchmarks/results/width.csv
     HN_TITLES=titles.txt.gz python benchmarks/width.py --dry          only show what would be next
-    HN_TITLES=titles.txt.gz python benchmarks/width.py --run adamw-mup-96-7-1337        make this run and print its row
+    HN_TITLES=titles.txt.gz python benchmarks/width.py --run adamw-mup-80-7-1337        make this run and print its row
 
 GPTs of two layers, with heads of 16 numbers and a vocabulary of 2,000, read the first titles of a draw of 20,000 in batches of 512 tokens,
 by AdamW or Muon, in standard parametrisation or in maximal update parametrisation. The latter is relative to the least width, where the two
@@ -39,7 +39,7 @@ from mainrun_nb.trainer import RunData, TrainState, evaluate_state, make_state, 
 from mainrun_nb.width import coordinate_check, mup
 
 RESULTS = Path(__file__).parent / "results"
-WIDTHS, SEEDS, STEPS, FIRST = (32, 96, 256), (1337, 1), 200, 7  # rates from 2^-7
+WIDTHS, SEEDS, STEPS, FIRST = (32, 80, 192), (1337, 1), 200, 7  # rates from 2^-7
 CHECKED, CHECK_SEEDS, CHECK_RATE = (32, 64, 128, 256, 512), (1337, 1, 2), 7
 BASE = ["data.source=${oc.env:HN_TITLES}", "hyperparams.num_titles=20000", "hyperparams.epochs=1", "hyperparams.vocab_size=2000",
         "tokenizer.kind=bpe", "hyperparams.context_length=64", "hyperparams.batch_size=8", "hyperparams.betas=[0.9,0.95]",
@@ -121,9 +121,9 @@ def wanted(tried: dict[int, float], guide: dict[int, float]) -> list[int]:
 
 
 def curves() -> Iterator[tuple[str, str, int]]:
-    "Optimizer, parametrisation and width of each curve, the cheapest first; at the least width the two parametrisations are one."
-    for width in WIDTHS:
-        for optimizer in ("adamw", "muon"):
+    "Optimizer, parametrisation and width of each curve; at the least width the two parametrisations are one."
+    for optimizer in ("adamw", "muon"):
+        for width in WIDTHS:
             for parametrisation in ("standard",) if width == WIDTHS[0] else ("standard", "mup"):
                 yield optimizer, parametrisation, width
 
