@@ -7,14 +7,15 @@
     HN_TITLES=titles.txt.gz python benchmarks/width.py --run adamw-mup-80-7-1337        make this run and print its row
 
 GPTs of two layers, with heads of 16 numbers and a vocabulary of 2,000, read the first titles of a draw of 20,000 in batches of 512 tokens,
-by AdamW or Muon, in standard parametrisation or in maximal update parametrisation. The latter is relative to the least width, where the two
-are the same.
+by AdamW or Muon, in standard parametrisation or in maximal update parametrisation.
 
-`coordinates`: how much the outputs of each part change in four steps, at five widths and three seeds.
+`coordinates`: how much the outputs of each part change in four steps, at five widths and three seeds; muP is relative to width 32.
 
-`rates`: 200 steps in bfloat16, with warmup and decay, at three widths. A run's name says its optimizer, parametrisation, width, rate (7 is
-2^-7) and seed. With the first seed, rates go on by factors of two until two on each side of the best are worse; the second seed repeats
-these five. The rate of Muon is that of the matrices; tables and vectors have half of it, as in the recipe of the small track.
+`rates`: 200 steps in bfloat16, with warmup and decay, at widths of 32, 80 and 192. `mup` is relative to width 192, where it changes
+nothing: the narrow models stand in for that one. `mupnarrow` is relative to width 32, for one curve. A run's name says its optimizer,
+parametrisation, width, rate (7 is 2^-7) and seed. With the first seed, rates go on by factors of two until two on each side of the best are
+worse; the second seed repeats these five. The rate of Muon is that of the matrices; tables and vectors have half of it, as in the recipe of
+the small track.
 
 One thread and one process. Rows are written as they are measured: a study that was stopped goes on where it was. A row's command makes the
 same run again.
@@ -40,6 +41,7 @@ from mainrun_nb.width import coordinate_check, mup
 
 RESULTS = Path(__file__).parent / "results"
 WIDTHS, SEEDS, STEPS, FIRST = (32, 80, 192), (1337, 1), 200, 7  # rates from 2^-7
+BASES = {"standard": None, "mup": WIDTHS[-1], "mupnarrow": WIDTHS[0]}
 CHECKED, CHECK_SEEDS, CHECK_RATE = (32, 64, 128, 256, 512), (1337, 1, 2), 7
 BASE = ["data.source=${oc.env:HN_TITLES}", "hyperparams.num_titles=20000", "hyperparams.epochs=1", "hyperparams.vocab_size=2000",
         "tokenizer.kind=bpe", "hyperparams.context_length=64", "hyperparams.batch_size=8", "hyperparams.betas=[0.9,0.95]",
@@ -56,18 +58,18 @@ def configured(optimizer: str, width: int, rate: int, seed: int, *more: str) -> 
     return load_config(overrides=[*BASE, *shape, *rates, f"hyperparams.seed={seed}", *more])
 
 
-def fresh(cfg: Config, parametrisation: str, vocab_size: int) -> TrainState:
-    "A state at step 0."
+def fresh(cfg: Config, base: int | None, vocab_size: int) -> TrainState:
+    "A state at step 0, in maximal update parametrisation where there is a base."
     state = make_state(cfg, vocab_size, torch.device("cpu"))
-    if parametrisation == "mup":
-        mup(state.model, state.optimizer, WIDTHS[0])
+    if base:
+        mup(state.model, state.optimizer, base)
     return state
 
 
 def check(optimizer: str, parametrisation: str, width: int, seed: int, data: RunData) -> dict[str, float]:
     "What a few steps change, by part."
     cfg = configured(optimizer, width, CHECK_RATE, seed, "hyperparams.scheduler=none", "hyperparams.warmup=0", "hyperparams.amp_bool=false")
-    state = fresh(cfg, parametrisation, data.tokenizer.vocab_size)
+    state = fresh(cfg, WIDTHS[0] if parametrisation == "mup" else None, data.tokenizer.vocab_size)
     found = coordinate_check(state, Batches(data.train_ids, cfg.hyperparams), cfg.hyperparams)
     return {part: float(f"{change:.5g}") for part, change in found.items()}
 
@@ -81,7 +83,7 @@ def measure(name: str, data: RunData) -> dict[str, Any]:
     "Make the run of this name: its row."
     optimizer, parametrisation, width, rate, seed = (part if part.isalpha() else int(part) for part in name.split("-"))
     began, cfg = time.process_time(), configured(optimizer, width, rate, seed)
-    state, hp = fresh(cfg, parametrisation, data.tokenizer.vocab_size), cfg.hyperparams
+    state, hp = fresh(cfg, BASES[parametrisation], data.tokenizer.vocab_size), cfg.hyperparams
     batches = Batches(data.train_ids, hp)
     with freed_memory_kept():
         while state.step < STEPS:
@@ -121,11 +123,11 @@ def wanted(tried: dict[int, float], guide: dict[int, float]) -> list[int]:
 
 
 def curves() -> Iterator[tuple[str, str, int]]:
-    "Optimizer, parametrisation and width of each curve; at the least width the two parametrisations are one."
+    "Optimizer, parametrisation and width of each curve; at the greatest width the parametrisations are one."
     for optimizer in ("adamw", "muon"):
-        for width in WIDTHS:
-            for parametrisation in ("standard",) if width == WIDTHS[0] else ("standard", "mup"):
-                yield optimizer, parametrisation, width
+        yield from ((optimizer, "standard", width) for width in WIDTHS)
+        yield from ((optimizer, "mup", width) for width in WIDTHS[:-1])
+    yield "adamw", "mupnarrow", WIDTHS[1]
 
 
 def left(rows: list[dict[str, str]]) -> list[str]:
