@@ -132,7 +132,8 @@ class Trunk:
     "A run that goes on from one point to the next, and what it has seen."
 
     def __init__(self, cfg: Config, data: RunData) -> None:
-        self.hp, self.data, self.check = cfg.hyperparams, data, windows(data.val_ids[:16_384], cfg.hyperparams.context_length, 64)
+        self.hp, self.data = cfg.hyperparams, data
+        self.check = list(windows(data.val_ids[:16_384], self.hp.context_length, 64))
         self.batches, self.norms = Batches(data.train_ids, self.hp), []
         self.state: TrainState = make_state(cfg, data.tokenizer.vocab_size, torch.device("cpu"))
 
