@@ -13,9 +13,8 @@ by AdamW or Muon, in standard parametrisation or in maximal update parametrisati
 
 `rates`: 200 steps in bfloat16, with warmup and decay, at widths of 32, 80 and 192. `mup` is relative to width 192, where it changes
 nothing: the narrow models stand in for that one. `mupnarrow` is relative to width 32, for one curve. A run's name says its optimizer,
-parametrisation, width, rate (7 is 2^-7) and seed. With the first seed, rates go on by factors of two until two on each side of the best are
-worse; the second seed repeats these five. The rate of Muon is that of the matrices; tables and vectors have half of it, as in the recipe of
-the small track.
+parametrisation, width, rate (7 is 2^-7) and seed, of which there is one. Rates go on by factors of two until two on each side of the best
+are worse. The rate of Muon is that of the matrices; tables and vectors have half of it, as in the recipe of the small track.
 
 One thread and one process. Rows are written as they are measured: a study that was stopped goes on where it was. A row's command makes the
 same run again.
@@ -40,7 +39,7 @@ from mainrun_nb.trainer import RunData, TrainState, evaluate_state, make_state, 
 from mainrun_nb.width import coordinate_check, mup
 
 RESULTS = Path(__file__).parent / "results"
-WIDTHS, SEEDS, STEPS, FIRST = (32, 80, 192), (1337, 1), 200, 7  # rates from 2^-7
+WIDTHS, SEED, STEPS, FIRST = (32, 80, 192), 1337, 200, 7  # rates from 2^-7
 BASES = {"standard": None, "mup": WIDTHS[-1], "mupnarrow": WIDTHS[0]}
 CHECKED, CHECK_SEEDS, CHECK_RATE = (32, 64, 128, 256, 512), (1337, 1, 2), 7
 BASE = ["data.source=${oc.env:HN_TITLES}", "hyperparams.num_titles=20000", "hyperparams.epochs=1", "hyperparams.vocab_size=2000",
@@ -116,9 +115,9 @@ def add_row(path: Path, row: dict[str, Any]) -> None:
         writer.writerow(row)
 
 
-def wanted(tried: dict[int, float], guide: dict[int, float]) -> list[int]:
-    "Which rates around the best of the guide are not tried, the nearest first."
-    best = min(guide, key=lambda k: guide[k] if math.isfinite(guide[k]) else math.inf, default=FIRST)
+def wanted(tried: dict[int, float]) -> list[int]:
+    "Which rates around the best so far are not tried, the nearest first."
+    best = min(tried, key=lambda k: tried[k] if math.isfinite(tried[k]) else math.inf, default=FIRST)
     return sorted(set(range(best - 2, best + 3)) - set(tried), key=lambda k: (abs(k - best), k))
 
 
@@ -133,10 +132,9 @@ def curves() -> Iterator[tuple[str, str, int]]:
 def left(rows: list[dict[str, str]]) -> list[str]:
     "Names of the runs still to be made, as far as the losses of these rows tell, the next one first."
     losses, names = {row["name"]: float(row["loss"]) for row in rows}, []
-    for seed in SEEDS:
-        for curve in curves():
-            guide, tried = ({k: losses[name] for k in range(30) if (name := named(*curve, k, s)) in losses} for s in (SEEDS[0], seed))
-            names += [named(*curve, k, seed) for k in wanted(tried, guide)]
+    for curve in curves():
+        tried = {k: losses[name] for k in range(30) if (name := named(*curve, k, SEED)) in losses}
+        names += [named(*curve, k, SEED) for k in wanted(tried)]
     return names
 
 
@@ -145,7 +143,7 @@ def make_coordinates(path: Path) -> None:
     done = [(row["optimizer"], row["parametrisation"], row["width"], row["seed"]) for row in table(path)]
     kinds = [(o, p, w, s) for o in ("adamw", "muon") for p in ("standard", "mup") for w in CHECKED for s in CHECK_SEEDS]
     todo = [key for key in kinds if tuple(map(str, key)) not in done]
-    data = prepare_data(configured("adamw", WIDTHS[0], FIRST, SEEDS[0])) if todo else None
+    data = prepare_data(configured("adamw", WIDTHS[0], FIRST, SEED)) if todo else None
     for key in todo:
         row = dict(zip(("optimizer", "parametrisation", "width", "seed"), key, strict=True)) | check(*key, data)
         add_row(path, row)
@@ -154,7 +152,7 @@ def make_coordinates(path: Path) -> None:
 
 def make_rates(path: Path) -> None:
     "The rows that the second table lacks."
-    data = prepare_data(configured("adamw", WIDTHS[0], FIRST, SEEDS[0])) if left(table(path)) else None
+    data = prepare_data(configured("adamw", WIDTHS[0], FIRST, SEED)) if left(table(path)) else None
     while names := left(table(path)):
         add_row(path, row := measure(names[0], data))
         print(f"{names[0]}: {row['loss']:.4f} in {row['cpu_seconds']:.0f} CPU seconds", flush=True)
@@ -173,7 +171,7 @@ def main() -> None:
         parser.exit(0, "width.py: nothing was measured; HN_TITLES must name a file of titles\n")
     torch.set_num_threads(1)
     if args.run:
-        print(measure(args.run, prepare_data(configured("adamw", WIDTHS[0], FIRST, SEEDS[0]))))
+        print(measure(args.run, prepare_data(configured("adamw", WIDTHS[0], FIRST, SEED))))
         return
     for part, make in (("coordinates", make_coordinates), ("rates", make_rates)):
         if args.part in (None, part):

@@ -67,7 +67,7 @@ class _Times(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * self.factor
 
-# %% ../nbs/33c_width.ipynb #c4bb67d4
+# %% ../nbs/33c_width.ipynb #23b8bdaa
 def mup(
     model: GPT,  # fresh, with init_method=normal
     optimizer: Optimizer,  # of its parameters: Adam, AdamW or Muon
@@ -100,7 +100,7 @@ def _check_mup(model: GPT, optimizer: Optimizer, base: int) -> None:
     if not isinstance(optimizer, Adam | MuonAdamW):
         raise InputError(f"mup: has rules for adam, adamw and muon, found {type(optimizer).__name__}")
 
-# %% ../nbs/33c_width.ipynb #97a83e32
+# %% ../nbs/33c_width.ipynb #a00e304a
 @dataclass(frozen=True)
 class RateLaw:
     "The best learning rate at each width, and the power of the width that these follow."
@@ -117,7 +117,7 @@ class RateLaw:
         centre, level = (float(np.mean(np.log(list(x)))) for x in (self.best, self.best.values()))
         return np.exp(level + self.exponent * (np.log(width) - centre))
 
-# %% ../nbs/33c_width.ipynb #44f1c6be
+# %% ../nbs/33c_width.ipynb #9b2f6fb1
 def _within(rows: list[dict[str, Any]], reach: float) -> list[dict[str, Any]]:
     "A width's runs within a factor `reach` of its best rate. Raises `InputError` where that is the first or last one."
     losses = {lr: float(np.mean([row["loss"] for row in rows if row["lr"] == lr])) for lr in sorted({row["lr"] for row in rows})}
@@ -142,7 +142,7 @@ def _near_best(runs: Any, reach: float) -> list[dict[str, Any]]:
         raise InputError(f"rates: needs {2 * len(widths) + 3} runs near the best rates of {len(widths)} widths, found {len(near)}")
     return near
 
-# %% ../nbs/33c_width.ipynb #b3a7dc6c
+# %% ../nbs/33c_width.ipynb #46f0c0e2
 def _lowest_points(u: np.ndarray, y: np.ndarray, number: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, float, float]:
     """Parabolas of one curvature through (u, y), one for each number: places of their lowest points and the covariance of these,
     heights there, curvature, root mean square of the residuals."""
@@ -157,7 +157,7 @@ def _lowest_points(u: np.ndarray, y: np.ndarray, number: np.ndarray) -> tuple[np
     variance = left @ left / (len(y) - len(theta)) * np.linalg.pinv(x.T @ x)
     return centre + lowest, slope @ variance @ slope.T, a + b * lowest / 2, float(c[0]), float(np.sqrt((left**2).mean()))
 
-# %% ../nbs/33c_width.ipynb #fa86849d
+# %% ../nbs/33c_width.ipynb #85a418fc
 def fit_rates(
     runs: Any,  # a ledger, a folder of runs, a table of pandas, or rows as `runs_table` gives them; of one optimizer
     reach: float = 4.0,  # rates up to this factor from the best of a width count
