@@ -134,7 +134,7 @@ def fit_batches(
     reach = float(t.ppf(0.975, len(log_b) - 2)) * cov[1, 1] ** 0.5
     return BatchLaw(math.exp(s), math.exp(c), math.exp(c - min(reach, 50)), math.exp(min(c + reach, 600)))
 
-# %% ../nbs/33_scaling.ipynb #958b99b5
+# %% ../nbs/33_scaling.ipynb #edf5b9c1
 def branch(
     state: TrainState,  # of a run at a constant rate; it stays as it is
     ids: Tensor,  # (tokens,) what follows in the training stream
@@ -397,7 +397,7 @@ def frontier(
             best.append(row)
     return best
 
-# %% ../nbs/33_scaling.ipynb #0beeede1
+# %% ../nbs/33_scaling.ipynb #87885cfc
 def fit_critical(
     points: Any,  # pairs of a loss and a critical batch size or noise scale; or the folder of a run with hyperparams.grad_accum above 1
 ) -> ScalingLaw:  # of L: B* / L ** exponent
@@ -410,7 +410,7 @@ def fit_critical(
         raise InputError(f"critical batch: needs three different losses with batch sizes, all numbers above 0, found {pairs.tolist()}")
     x, y = np.log(pairs).T
     line, reach = linregress(x, y), float(t.ppf(0.975, len(x) - 2))
-    (steep, wide), (level, tall) = (-float(line.slope), reach * line.stderr), (line.intercept, reach * line.intercept_stderr)
+    steep, wide, level, tall = map(float, (-line.slope, reach * line.stderr, line.intercept, reach * line.intercept_stderr))
     around = math.exp(max(level - tall, -700)), math.exp(min(level + tall, 700))
     intervals = {"exponent L": (steep - wide, steep + wide), "factor L": around}
     rms = float(np.sqrt(((line.intercept + line.slope * x - y) ** 2).mean()))
