@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .config import Hyperparams, InputError, load_config
 from .data import Batches
-from .optim import set_lr, train_step
+from .optim import build_optimizer, set_lr, train_step
 from .tracking import read_events
 from .trainer import TrainState
 
@@ -143,12 +143,13 @@ def branch(
     more: int,  # rows that it reads in all
 ) -> nn.Module:
     "A copy of a run's model, trained on in batches of another size, at a rate that grows with the root of the batch (arXiv:2505.23971)."
-    copy, changed = deepcopy(state), replace(hp, batch_size=rows, grad_accum=1)
-    batches = Batches(ids, changed)
-    set_lr(copy.optimizer, (rows / hp.batch_size) ** 0.5)
+    model, changed = deepcopy(state.model), replace(hp, batch_size=rows, grad_accum=1)
+    batches, optimizer = Batches(ids, changed), build_optimizer(model, changed)
+    optimizer.load_state_dict(deepcopy(state.optimizer.state_dict()))
+    set_lr(optimizer, (rows / hp.batch_size) ** 0.5)
     for k in range(more // rows):
-        train_step(copy.model, copy.optimizer, *batches[k], changed)
-    return copy.model
+        train_step(model, optimizer, *batches[k], changed)
+    return model
 
 # %% ../nbs/33_scaling.ipynb #6a59d313
 def fit_branches(
