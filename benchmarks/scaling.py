@@ -1,8 +1,9 @@
-"""Two small studies behind chapter 33, on one core: loss against model size and data, and steps against batch size.
+"""Three small studies behind chapter 33, on one core: loss against model size and data, steps against batch size, branches of runs.
 
-    HN_TITLES=titles.txt.gz python benchmarks/scaling.py           both, one after the other
-    HN_TITLES=titles.txt.gz python benchmarks/scaling.py runs      -> benchmarks/results/scaling.csv
-    HN_TITLES=titles.txt.gz python benchmarks/scaling.py batches   -> benchmarks/results/batches.csv
+    HN_TITLES=titles.txt.gz python benchmarks/scaling.py            all, one after the other
+    HN_TITLES=titles.txt.gz python benchmarks/scaling.py runs       -> benchmarks/results/scaling.csv
+    HN_TITLES=titles.txt.gz python benchmarks/scaling.py batches    -> benchmarks/results/batches.csv
+    HN_TITLES=titles.txt.gz python benchmarks/scaling.py branches   -> benchmarks/results/branches.csv
 
 `runs`: four GPTs of 14 thousand to 448 thousand non-embedding parameters, each trained on 1/8, 1/4 and 1/2 of one pass over the
 36,000 training titles of a draw of 40,000 (no token is seen twice), the two smaller ones also on all of it, each with a whole schedule
@@ -13,6 +14,11 @@ for each.
 16,384 validation tokens with 5.6 nats each, at two or three learning rates, constant after ten steps; a run that takes more steps
 than a better one of its batch size is cut off. From the same steps, each in four micro-batches, comes the gradient noise scale over
 the second half of the run.
+
+`branches`: two GPTs of 14 and 150 thousand non-embedding parameters, trained by AdamW at a constant rate on one pass over the 90,000
+training titles of a draw of 100,000, in batches of 16 rows of 64 tokens. After 64, 256 and 1,024 steps copies of the model read the next
+1,024, 2,048 and 4,096 rows in batches of 8 to 256 rows, the learning rate growing with the root of the batch, and are scored on 16,384
+validation tokens. The noise scale is that of the second half of the steps before.
 
 Rows are written as they are measured: a study that was stopped goes on where it was.
 """
@@ -34,8 +40,8 @@ from mainrun_nb.config import Config, load_config
 from mainrun_nb.data import Batches
 from mainrun_nb.evaluate import total_nats, windows
 from mainrun_nb.models import count_parameters
-from mainrun_nb.scaling import noise_scale
-from mainrun_nb.trainer import RunData, evaluate_state, make_plan, make_state, prepare_data, take_step
+from mainrun_nb.scaling import branch, noise_scale
+from mainrun_nb.trainer import RunData, TrainState, evaluate_state, make_plan, make_state, prepare_data, take_step
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = [(24, 2, 2), (48, 2, 4), (64, 3, 4), (96, 4, 6)]  # width, layers, heads
@@ -46,6 +52,10 @@ BASE = ["data.source=${oc.env:HN_TITLES}", "hyperparams.num_titles=40000", "hype
         "hyperparams.lr=0.02", "hyperparams.adamw_lr=0.005", "hyperparams.betas=[0.9,0.95]", "hyperparams.weight_decay=0.1",
         "hyperparams.scheduler=cosine", "hyperparams.warmup=0.05", "model_configs.gpt.dropout=0",
         "model_configs.gpt.position=rope", "model_configs.gpt.residual_scaling=true"]
+
+CONSTANT = ["hyperparams.optimizer=adamw", "hyperparams.scheduler=none", "hyperparams.context_length=64"]
+BRANCHED = [(SIZES[0], 0.0094), (SIZES[2], 0.0035)]  # the rate that batches.csv has for 16 rows, and as much less as the model is wider
+POINTS = [(64, 1024), (256, 2048), (1024, 4096)]  # step, and rows that its branches read
 
 
 def configured(width: int, layers: int, heads: int, *more: str) -> Config:
@@ -102,8 +112,7 @@ def steps_to(cfg: Config, data: RunData, target: float, cap: int) -> dict:
 
 def measure_batches() -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]:
     "What identifies each run of the second study, and a function that makes it."
-    kind = ["hyperparams.num_titles=60000", "hyperparams.optimizer=adamw", "hyperparams.scheduler=none", "hyperparams.grad_accum=4",
-            "hyperparams.context_length=64"]
+    kind = [*CONSTANT, "hyperparams.num_titles=60000", "hyperparams.grad_accum=4"]
     data = prepare_data(configured(*SIZES[0], *kind))
     best: dict[int, float] = {}  # least steps so far per batch size
 
@@ -119,7 +128,57 @@ def measure_batches() -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, A
             yield {"rows": rows, "lr": lr}, partial(measure, rows, lr)
 
 
-STUDIES = {"runs": (measure_runs, "scaling.csv"), "batches": (measure_batches, "batches.csv")}
+class Trunk:
+    "A run that goes on from one point to the next, and what it has seen."
+
+    def __init__(self, cfg: Config, data: RunData) -> None:
+        self.hp, self.data = cfg.hyperparams, data
+        self.check = list(windows(data.val_ids[:16_384], self.hp.context_length, 64))
+        self.batches, self.norms = Batches(data.train_ids, self.hp), []
+        self.state: TrainState = make_state(cfg, data.tokenizer.vocab_size, torch.device("cpu"))
+
+    def score(self, model: torch.nn.Module) -> float:
+        "Nats per token on the first validation tokens."
+        return total_nats(model, self.check) / 16_384
+
+    def go_on(self, step: int) -> dict[str, Any]:
+        "Train up to a step; the loss there, and the noise scale of the second half of the steps."
+        while self.state.step < step:
+            result = take_step(self.state, self.state.model, self.batches, slice(None), self.hp, POINTS[-1][0]).result
+            self.norms.append([float(norm or 0) ** 2 for norm in (result.micro_norm, result.grad_norm)])
+        late = np.array(self.norms[step // 2 : step])
+        noise = noise_scale(late[:, 0], late[:, 1], self.hp.batch_size / self.hp.grad_accum, self.hp.batch_size, block=5)
+        found = {"start": self.score(self.state.model), "noise": noise.b_simple, "noise_low": noise.low, "noise_high": noise.high}
+        return {k: round(v, 4) for k, v in found.items()}
+
+    def branch(self, step: int, rows: int, more: int) -> dict[str, Any]:
+        "A row of the study."
+        cpu = time.process_time()
+        found, rest = self.go_on(step), self.data.train_ids[step * self.batches.size :]
+        loss = self.score(branch(self.state, rest, self.hp, rows, more))
+        return {"width": self.state.model.cfg.d_model, "seed": self.hp.seed, "step": step, "rows": rows,
+                "n": count_parameters(self.state.model, embeddings=False), "tokens": step * self.batches.size,
+                "tokens_per_row": self.hp.context_length, "more": more, **found, "loss": round(loss, 4),
+                "cpu_seconds": round(time.process_time() - cpu, 1)}
+
+
+def measure_branches() -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]:
+    "What identifies each branch of the third study, and a function that makes it."
+    data = None
+    for seed in (1337, 1):
+        for shape, lr in BRANCHED:
+            cfg = configured(*shape, *CONSTANT, "hyperparams.num_titles=100000", "hyperparams.batch_size=16", "hyperparams.grad_accum=2",
+                             f"hyperparams.lr={lr}", f"hyperparams.warmup={10 / POINTS[-1][0]}", f"hyperparams.seed={seed}")
+            data = data or prepare_data(cfg)
+            trunk = Trunk(cfg, data)
+            for step, more in POINTS:
+                for rows in (8, 16, 32, 64, 128, 256):
+                    if rows <= more / 8:
+                        yield {"width": shape[0], "seed": seed, "step": step, "rows": rows}, partial(trunk.branch, step, rows, more)
+
+
+STUDIES = {"runs": (measure_runs, "scaling.csv"), "batches": (measure_batches, "batches.csv"),
+           "branches": (measure_branches, "branches.csv")}
 
 
 def make(study: Callable[[], Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]], path: Path) -> None:
