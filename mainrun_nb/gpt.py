@@ -360,7 +360,7 @@ class Decoder(nn.Module):
         self.skips = EmbeddingSkips(widths) if cfg.embedding_skips else None
         self.blocks = nn.ModuleList(Block(width, cfg, attn_cfg, common) for width in widths)
         self.norm = make_norm(cfg.norm, widths[-1], cfg.bias) if cfg.norm_type == "pre" else nn.Identity()
-        self.project = nn.Identity() if widths[-1] == cfg.d_model else nn.Linear(widths[-1], cfg.d_model, bias=cfg.bias)
+        self.project: nn.Module = nn.Identity() if widths[-1] == cfg.d_model else nn.Linear(widths[-1], cfg.d_model, bias=cfg.bias)
 
     @property
     def device(self) -> torch.device:

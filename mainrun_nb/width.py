@@ -29,7 +29,9 @@ def _activations(
     x: Tensor,  # (B, T)
 ) -> dict[str, Tensor]:  # (B, T, width) each, the logits (B, T, V)
     "What each part of a GPT gives: embedding, attention and MLP of every block (before they are added), final norm, logits."
-    parts, found = {"embedding": model.embed, "hidden": model.norm}, {}
+    parts: dict[str, Any] = {"embedding": model.embed, "hidden": model.norm}
+    found: dict[str, Tensor] = {}
+    block: Any
     for i, block in enumerate(model.blocks, 1):
         parts |= {f"attention {i}": block.attn.inner, f"mlp {i}": block.mlp.inner}
     hooks = [part.register_forward_hook(lambda _, args, out, name=name: found.update({name: out})) for name, part in parts.items()]
@@ -50,11 +52,12 @@ def coordinate_check(
     steps: int = 4,
 ) -> dict[str, float]:  # part -> root mean square of the change
     "How much some steps change what each part of a GPT gives for the first batch (Yang et al. 2022, arXiv:2203.03466, appendix D)."
+    model: Any = state.model
     x = batches[0][0]
-    before = _activations(state.model, x)
+    before = _activations(model, x)
     for _ in range(steps):
-        take_step(state, state.model, batches, slice(None), hp, steps)
-    return {name: (after - before[name]).square().mean().sqrt().item() for name, after in _activations(state.model, x).items()}
+        take_step(state, model, batches, slice(None), hp, steps)
+    return {name: (after - before[name]).square().mean().sqrt().item() for name, after in _activations(model, x).items()}
 
 # %% ../nbs/33c_width.ipynb #b86acd55
 class _Times(nn.Module):
@@ -87,7 +90,8 @@ def mup(
 # %% ../nbs/33c_width.ipynb #27f6669e
 def _check_mup(model: GPT, optimizer: Optimizer, base: int) -> None:
     "Raise `InputError` for what these rules do not hold for."
-    cfg, inner = model.cfg, {block.attn.inner.out.in_features for block in model.blocks}
+    blocks: Any = model.blocks
+    cfg, inner = model.cfg, {block.attn.inner.out.in_features for block in blocks}
     if base < 1:
         raise InputError(f"mup: base must be a width of 1 or more, found {base}")
     if cfg.init_method != "normal":
@@ -97,6 +101,8 @@ def _check_mup(model: GPT, optimizer: Optimizer, base: int) -> None:
         raise InputError(f"mup: needs blocks and attention as wide as d_model={cfg.d_model}, found {found}")
     if model.case_head is not None:
         raise InputError("mup: has no rule for a vocabulary with letters and case apart")
+    if cfg.embedding_cutoff:
+        raise InputError(f"mup: has no rule for the shared matrix of embedding_cutoff={cfg.embedding_cutoff}: only 0")
     if not isinstance(optimizer, Adam | MuonAdamW):
         raise InputError(f"mup: has rules for adam, adamw and muon, found {type(optimizer).__name__}")
 

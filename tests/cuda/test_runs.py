@@ -34,6 +34,7 @@ OPTIONS = {
     "checkpointing": ["hyperparams.checkpoint_activations=true"], "whole logits": ["hyperparams.loss_chunk=0"],
     "small chunks": ["hyperparams.loss_chunk=64"], "no clipping": ["hyperparams.grad_clip=0"], "no tf32": ["hyperparams.tf32=false"],
     "deterministic": ["hyperparams.deterministic=true"], "momentum": ["hyperparams.optimizer=sgd", "hyperparams.momentum=0.9"],
+    "shortcuts": ["hyperparams.title_mask=true", "model_configs.gpt.token_shift=true", "model_configs.gpt.embedding_skips=true"],
     "rare ids": ["model_configs.gpt.embedding_cutoff=200", "model_configs.gpt.embedding_rank=16"],
     "cased": ["tokenizer.kind=cased"], "unigram": ["tokenizer.kind=unigram"], "challenge": ["tokenizer.kind=challenge"],
     "rmsnorm, swiglu": ["model_configs.gpt.norm=rmsnorm", "model_configs.gpt.activation_function=swiglu", "model_configs.gpt.bias=false"],
