@@ -66,7 +66,8 @@ def test_a_check_leaves_no_hook_and_the_mode_as_it_was(data):
 
 @pytest.mark.parametrize(("more", "message"), [
     (["hyperparams.optimizer=adagrad"], "found Adagrad"), (["model_configs.gpt.init_method=kaiming"], "found kaiming"),
-    (["model_configs.gpt.embedding_cutoff=20"], "embedding_cutoff=20"), (["model_configs.gpt.d_model=32"], "as wide as d_model=32, found 16"), (["attn_configs.causal.intermediate_dim=8"], "found 8, 16"),
+    (["model_configs.gpt.embedding_cutoff=20"], "embedding_cutoff=20"),
+    (["model_configs.gpt.d_model=32"], "as wide as d_model=32, found 16"), (["attn_configs.causal.intermediate_dim=8"], "found 8, 16"),
 ])
 def test_what_has_no_rule_is_refused_and_nothing_is_changed(data, more, message):
     state = state_of(data, 16, *(["hyperparams.optimizer=adamw"] if "optimizer" not in more[0] else []), *more)[0]
