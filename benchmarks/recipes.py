@@ -130,11 +130,12 @@ def full() -> Study:
              "-without-mask": ["hyperparams.title_mask=false"],
              "-without-rope": ["model_configs.gpt.position=learned"],
              "-without-wsd": ["hyperparams.scheduler=cosine"]}
-    final = {"final": [], "without-cased": ["tokenizer.kind=unigram"],
+    dropout = {p: [f"model_configs.gpt.dropout={p}"] for p in ("0.05", "0.1", "0.15")}
+    final = {"final": dropout["0.15"], "dropout-0.05": dropout["0.05"], "dropout-0.1": dropout["0.1"],  # the file's own is 0.15
+             "without-cased": ["tokenizer.kind=unigram"],
              "without-adaptive": ["model_configs.gpt.embedding_cutoff=0", "model_configs.gpt.d_model=128", "model_configs.gpt.n_layer=4"],
              "without-whole-titles": ["hyperparams.rows=stream", "hyperparams.shuffle=false"],
-             "without-shortcuts": ["model_configs.gpt.token_shift=false", "model_configs.gpt.embedding_skips=false"],
-             **{f"dropout-{p}": [f"model_configs.gpt.dropout={p}"] for p in ("0.05", "0.15")}}
+             "without-shortcuts": ["model_configs.gpt.token_shift=false", "model_configs.gpt.embedding_skips=false"]}
     return {"control": (control, ["hyperparams.lr=2.0e-3"]), "control-lr-4.0e-3": (control, ["hyperparams.lr=4.0e-3"]),
             **{f"first{name}": (FIRST, change) for name, change in first.items()}, **changed(RECIPE, [], final)}
 

@@ -302,11 +302,12 @@ class EmbeddingSkips(nn.Module):
     def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
         self.number = {block: n for n, block in enumerate(i for i in range(1, len(widths)) if widths[i] == widths[0])}
-        self.stream, self.embedding = nn.Parameter(torch.ones(len(widths))), nn.Parameter(torch.zeros(len(self.number)))
+        self.stream = nn.Parameter(torch.ones(len(widths)))
+        self.embedding = nn.Parameter(torch.zeros(len(self.number))) if self.number else None
 
     def forward(self, i: int, x: Tensor, embedding: Tensor) -> Tensor:
         x = self.stream[i] * x
-        return x + self.embedding[self.number[i]] * embedding if i in self.number else x
+        return x if self.embedding is None or i not in self.number else x + self.embedding[self.number[i]] * embedding
 
 # %% ../nbs/15_gpt.ipynb #8a316c22
 class Embedding(nn.Module):

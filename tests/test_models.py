@@ -34,7 +34,8 @@ def test_a_configuration_has_the_parameters_of_the_formula(path):
         model = build_model(cfg, 16_000)
     attn_cfg = getattr(cfg.attn_configs, model.cfg.attention_layer)
     table = parameter_table(model)
-    assert table == parameter_formula(model.cfg, attn_cfg, 16_000, cfg.hyperparams.context_length, model.widths())
+    cased = cfg.tokenizer.kind == "cased"
+    assert table == parameter_formula(model.cfg, attn_cfg, 16_000, cfg.hyperparams.context_length, model.widths(), cased)
     assert table["total"] == count_parameters(model) and "other" not in table
     if path.stem == "baseline":
         assert table["total"] == 27_172_864
