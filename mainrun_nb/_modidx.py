@@ -497,7 +497,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mainrun_nb.gpt.TokenShift.__init__': ('gpt.html#tokenshift.__init__', 'mainrun_nb/gpt.py'),
                                 'mainrun_nb.gpt.TokenShift.forward': ('gpt.html#tokenshift.forward', 'mainrun_nb/gpt.py'),
                                 'mainrun_nb.gpt.case_loss': ('gpt.html#case_loss', 'mainrun_nb/gpt.py'),
-                                'mainrun_nb.gpt.embedding_size': ('gpt.html#embedding_size', 'mainrun_nb/gpt.py'),
+                                'mainrun_nb.gpt.embedding_sizes': ('gpt.html#embedding_sizes', 'mainrun_nb/gpt.py'),
                                 'mainrun_nb.gpt.init_weights': ('gpt.html#init_weights', 'mainrun_nb/gpt.py'),
                                 'mainrun_nb.gpt.make_norm': ('gpt.html#make_norm', 'mainrun_nb/gpt.py'),
                                 'mainrun_nb.gpt.mlp_width': ('gpt.html#mlp_width', 'mainrun_nb/gpt.py'),

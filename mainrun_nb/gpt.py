@@ -530,10 +530,11 @@ def parameter_table(
     return {**table, "total": sum(table.values())}
 
 # %% ../nbs/15_gpt.ipynb #e5b1a8c4
-def embedding_size(cfg: GPTConfig, vocab_size: int) -> tuple[int, int]:
+def embedding_sizes(cfg: GPTConfig, vocab_size: int) -> dict[str, int]:
     "Parameters of the embedding, and of the head beside it."
     rare, d = rare_ids(vocab_size, cfg), cfg.d_model
-    return (vocab_size - rare) * d + (cfg.embedding_rank * (rare + d) if rare else 0), d * (bool(rare) if cfg.tied else vocab_size)
+    embedding = (vocab_size - rare) * d + (cfg.embedding_rank * (rare + d) if rare else 0)
+    return {"embedding": embedding, "head": d * (bool(rare) if cfg.tied else vocab_size)}
 
 # %% ../nbs/15_gpt.ipynb #e4ba3349
 def parameter_formula(
@@ -551,9 +552,8 @@ def parameter_formula(
     inner = {w: mlp_width(w, cfg.activation_function, cfg.mlp_ratio) for w in ws}
     head = {w: attn_cfg.intermediate_dim or w for w in ws}
     scorer = sum(w * attn_cfg.n_head + attn_cfg.n_head for w in ws) if isinstance(attn_cfg, SparseKAttnConfig) else 0
-    embedding, out = embedding_size(cfg, vocab_size)
     table = {
-        "embedding": embedding, "positions": context_length * d if cfg.position == "learned" else 0, "head": out,
+        **embedding_sizes(cfg, vocab_size), "positions": context_length * d if cfg.position == "learned" else 0,
         "case": cased * (N_CASES * (d + 1) + CASE_WIDTH * (2 * d + 1 + N_CASES)),
         "attention": sum(line(w, 3 * head[w]) + line(head[w], w) + cfg.output_gate * line(w, attn_cfg.n_head) for w in ws),
         "scorer": scorer, "mlp": sum(line(w, inner[w] * (1 + gated)) + line(inner[w], w) for w in ws),
