@@ -140,6 +140,8 @@ class Deadline(TorchDispatchMode):
 # %% ../nbs/22_memory.ipynb #a5dc305b
 def begin_state(model: nn.Module, optimizer: Any) -> None:
     "Let an optimizer remember what it does after a first update."
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"]  # a number: of a rate in a fake tensor RMSprop would ask the value
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
     guarded_step(optimizer, torch.ones((), dtype=torch.bool))
