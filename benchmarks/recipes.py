@@ -117,7 +117,7 @@ def half() -> Study:
     return changed(FIRST, [*CASED, "hyperparams.num_titles=50000", "hyperparams.epochs=4"], {
         "cased": [], "weight-decay-0.1": ["hyperparams.weight_decay=0.1"], "whole-titles": WHOLE, **dropout,
         "adaptive": [*WHOLE, *ADAPTIVE], "shortcuts": [*WHOLE, *ADAPTIVE, *SHORTCUTS],
-        "recipe": [*WHOLE, *WIDER, *SHORTCUTS, *dropout["dropout-0.05"]]})
+        "recipe": [*WHOLE, *WIDER, *SHORTCUTS, *dropout["dropout-0.15"]]})
 
 
 def full() -> Study:

@@ -649,7 +649,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'mainrun_nb.optim._groups': ('optim.html#_groups', 'mainrun_nb/optim.py'),
                                   'mainrun_nb.optim._mean_over_processes': ('optim.html#_mean_over_processes', 'mainrun_nb/optim.py'),
                                   'mainrun_nb.optim._measure_and_clip': ('optim.html#_measure_and_clip', 'mainrun_nb/optim.py'),
-                                  'mainrun_nb.optim._rms': ('optim.html#_rms', 'mainrun_nb/optim.py'),
                                   'mainrun_nb.optim._second_moment': ('optim.html#_second_moment', 'mainrun_nb/optim.py'),
                                   'mainrun_nb.optim._step_with_flag': ('optim.html#_step_with_flag', 'mainrun_nb/optim.py'),
                                   'mainrun_nb.optim._takes_flag': ('optim.html#_takes_flag', 'mainrun_nb/optim.py'),

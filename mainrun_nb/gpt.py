@@ -409,18 +409,18 @@ class Decoder(nn.Module):
             cache.last = x[:, -1:]
         return self.shift(x, before, idx == self.eos_id if self.title_mask else None)
 
-    def run_block(self, i: int, x: Tensor, info: TokenInfo, cache: GPTCache | None) -> Tensor:
-        "Block `i`: (B, T, width) to (B, T, width)."
+    def run_block(self, i: int, x: Tensor, embedding: Tensor, info: TokenInfo, cache: GPTCache | None) -> Tensor:
+        "Block `i`, fed with the stream and, by embedding skips, the embedding: (B, T, width) to (B, T, width)."
+        x = x if self.skips is None else self.skips(i, x, embedding)
         if self.checkpoint_activations and self.training:
             return checkpoint(self.blocks[i], x, info, use_reentrant=False)
         return self.blocks[i](x, info, cache.layers[i] if cache else None)
 
     def run_blocks(self, x: Tensor, info: TokenInfo, cache: GPTCache | None) -> Tensor:
         "All blocks in turn: (B, T, first width) to (B, T, last width)."
-        first = x
+        embedding = x
         for i in range(len(self.blocks)):
-            x = x if self.skips is None else self.skips(i, x, first)
-            x = self.run_block(i, x, info, cache)
+            x = self.run_block(i, x, embedding, info, cache)
         return x
 
     def features(self, idx: Tensor, cache: GPTCache | None = None) -> Tensor:

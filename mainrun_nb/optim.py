@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from .config import Hyperparams, InputError, check_name, register_name
 from .data import UNCOUNTED
-from .gpt import AdaptiveEmbedding, CaseHead
+from .gpt import AdaptiveEmbedding, CaseHead, root_mean_square
 
 # %% ../nbs/21_optim.ipynb #27227a57
 def parameter_groups(
@@ -41,11 +41,6 @@ def parameter_groups(
     return groups
 
 # %% ../nbs/21_optim.ipynb #9c7ff4b2
-def _rms(x: Tensor) -> Tensor:
-    "The root mean square of a tensor's entries."
-    return torch.linalg.vector_norm(x) / x.numel() ** 0.5
-
-
 def _second_moment(g: Tensor, state: dict[str, Tensor], fade: Tensor, eps: float) -> Tensor:
     "Adafactor's estimate of the mean squared gradient, shaped like `g`; `state` is brought up to date."
     square = g.square()
@@ -71,10 +66,10 @@ class Adafactor(Optimizer):
             for p in (p for p in group["params"] if p.grad is not None):
                 state, eps = self.state[p], torch.finfo(p.dtype).eps
                 count = state.setdefault("count", torch.zeros((), dtype=p.dtype, device=p.device)).add_(1)
-                rate = count.rsqrt().clamp(max=lr) * _rms(p).clamp(min=1e-3)
+                rate = count.rsqrt().clamp(max=lr) * root_mean_square(p).clamp(min=1e-3)
                 p.mul_(kept)
                 update = _second_moment(p.grad, state, count**-0.8, eps).clamp_(min=eps**2).rsqrt_().mul_(p.grad)
-                p.sub_(update.mul_(rate / _rms(update).clamp(min=1)))
+                p.sub_(update.mul_(rate / root_mean_square(update).clamp(min=1)))
 
 # %% ../nbs/21_optim.ipynb #d327bdc7
 def orthogonal(

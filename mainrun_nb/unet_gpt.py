@@ -79,14 +79,13 @@ class UNetGPT(GPT):
     def run_blocks(self, x: Tensor, info: TokenInfo, cache: GPTCache | None) -> Tensor:
         "All blocks in turn, each fed at its own width: (B, T, first width) to (B, T, last width)."
         stack: list[Tensor] = []
-        first = x
+        embedding = x
         for i in range(len(self.blocks)):
             if i:
                 x = self.between[i - 1](x)
             if i >= len(self.blocks) - self.bridges:
                 x = x + stack.pop()
-            x = x if self.skips is None else self.skips(i, x, first)
-            x = self.run_block(i, x, info, cache)
+            x = self.run_block(i, x, embedding, info, cache)
             if i < self.bridges:
                 stack.append(x)
         return x
