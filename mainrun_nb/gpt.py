@@ -235,6 +235,8 @@ def token_embedding(vocab_size: int, cfg: GPTConfig) -> nn.Embedding | AdaptiveE
 class AdaptiveHead(nn.Module):
     "The probability of each id of an `AdaptiveEmbedding`, tied to it: that of a common one, or that of any rare one times which."
 
+    at_once = 128  # rare targets, on a CPU: tables of another size each step would leave its memory in pieces
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.any_rare = nn.Parameter(torch.zeros(1, width))
@@ -250,7 +252,7 @@ class AdaptiveHead(nn.Module):
         return torch.cat([first[..., :-1], first[..., -1:] + rest], -1)
 
     def rare_rows(self, targets: Tensor, tokens: AdaptiveEmbedding) -> tuple[Tensor, Tensor]:
-        """Rows whose target is rare, and its number among the rare ids.
+        """Rows whose target is rare, and its number among the rare ids; some more at the end, `IGNORED`.
 
         On a GPU, where finding them would make the host wait: all rows, the others `IGNORED`.
         """
@@ -260,7 +262,9 @@ class AdaptiveHead(nn.Module):
         if hasattr(targets, "fake_mode"):  # without values to choose by: as many rows as Zipf's law says
             share = 1 - math.log(tokens.cutoff) / math.log(tokens.num_embeddings)
             return (rows := torch.arange(round(share * len(targets)))), which[rows]
-        return (rows := rare.nonzero()[:, 0]), which[rows]
+        rows = rare.nonzero()[:, 0]
+        spare = (0, -len(rows) % self.at_once)
+        return F.pad(rows, spare), F.pad(which[rows], spare, value=IGNORED)
 
     def loss(self, hidden: Sequence[Tensor], tokens: AdaptiveEmbedding, targets: Tensor, chunk: int, r_drop: float = 0.0) -> Tensor:
         "What `linear_cross_entropy` is for one softmax; R-Drop compares rare ids where one came."
@@ -268,7 +272,8 @@ class AdaptiveHead(nn.Module):
         off = (which == IGNORED)[:, None]
         narrow = tuple(counted_rows(h.index_select(0, rows), off) @ tokens.expand.weight for h in hidden)
         parts = [(tuple(hidden), self.common(tokens), targets.clamp(max=tokens.cutoff)), (narrow, tokens.rare.weight, which)]
-        first, rest = [linear_cross_entropy(*part, chunk, r_drop, reduction="sum") for part in parts]
+        chunks = chunk, min(chunk, self.at_once) if hidden[0].device.type == "cpu" else chunk
+        first, rest = [linear_cross_entropy(*part, size, r_drop, reduction="sum") for part, size in zip(parts, chunks, strict=True)]
         return (first + rest) / (targets != IGNORED).sum()
 
     def nats(self, hidden: Tensor, tokens: AdaptiveEmbedding, targets: Tensor) -> Tensor:
