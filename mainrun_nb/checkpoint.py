@@ -509,7 +509,7 @@ def open_run(run_dir: str | Path, which: str = "last") -> OpenRun:
         raise InputError(f"{run_dir}: the run has no checkpoint yet")
     if files.unchecked:
         warnings.warn(f"{run_dir}: {UNCHECKED}", stacklevel=3)
-    model = build_model(cfg, tokenizer.vocab_size, tokenizer.pairs)
+    model = build_model(cfg, tokenizer.vocab_size, tokenizer.pairs, tokenizer.pieces)
     try:
         model.load_state_dict({**found.weights, **(found.state.get("ema") or {})})
     except RuntimeError as e:

@@ -18,7 +18,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -195,6 +195,7 @@ class GPTConfig:
     tied: bool = True  # the head shares the embedding's weights
     embedding_cutoff: int = at_least(0, 0)  # later, rarer ids: `embedding_rank` numbers each and, tied, a softmax of their own; 0: none
     embedding_rank: int = positive(32)
+    embedding_ngrams: int = at_least(0, 0)  # pieces share so many vectors by their n-grams, of that rank; needs embedding_cutoff; 0: none
     token_shift: bool = False  # a token's vector also holds a learned share of the one before it
     embedding_skips: bool = False  # each block sees the embedding again, by learned scales
     residual_scaling: bool = False  # initialise residual outputs smaller, by 1 / sqrt(2 n_layer)
@@ -576,17 +577,12 @@ def save_config(cfg: Config, path: str | Path) -> None:
 
 def flatten(cfg: Config) -> dict[str, Any]:
     "The configuration as one level of dotted keys: `{'hyperparams.lr': 0.006, ...}`."
-    out: dict[str, Any] = {}
 
-    def walk(tree: dict, path: str) -> None:
+    def walk(tree: dict, path: str) -> Iterator[tuple[str, Any]]:
         for name, value in tree.items():
-            if isinstance(value, dict):
-                walk(value, f"{path}{name}.")
-            else:
-                out[f"{path}{name}"] = value
+            yield from walk(value, f"{path}{name}.") if isinstance(value, dict) else [(f"{path}{name}", value)]
 
-    walk(asdict(cfg), "")
-    return out
+    return dict(walk(asdict(cfg), ""))
 
 # %% ../nbs/00a_config.ipynb #c7cf5b3f
 TINY = ("data.source=synthetic", "hyperparams.num_titles=2000", "tokenizer.kind=bpe", "hyperparams.vocab_size=600", "hyperparams.epochs=3",

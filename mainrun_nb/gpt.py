@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from .attention import AttnCommon, Dropout, TokenInfo, build_attention, title_numbers
 from .case import N_CASES, Pairs
 from .config import GPTConfig, InputError, SparseKAttnConfig
-from .loss import IGNORED, counted_rows, linear_cross_entropy
+from .embedding import AdaptiveEmbedding, AdaptiveHead, rare_ids, token_embedding
+from .loss import IGNORED, linear_cross_entropy
 
 # %% ../nbs/15_gpt.ipynb #5de0db31
 def make_norm(
@@ -188,102 +189,6 @@ def case_loss(
         loss = loss + r_drop / 2 * (weight * (p.exp() - q.exp()) * (p - q)).sum()
     return loss / counted.sum()
 
-# %% ../nbs/15_gpt.ipynb #6b869832
-def root_mean_square(x: Tensor) -> Tensor:
-    "How large the numbers of a tensor are; of a single one too, which has no deviation."
-    return torch.linalg.vector_norm(x) / x.numel() ** 0.5
-
-
-class AdaptiveEmbedding(nn.Module):
-    "A vector per id: its own for those below `cutoff`, a shared matrix times its `rank` numbers for the others: (...) to (..., width)."
-
-    def __init__(self, vocab_size: int, width: int, cutoff: int, rank: int) -> None:
-        super().__init__()
-        self.num_embeddings, self.cutoff = vocab_size, cutoff
-        self.common, self.rare = nn.Embedding(cutoff, width), nn.Embedding(vocab_size - cutoff, rank)
-        self.expand = nn.Linear(rank, width, bias=False)
-
-    def match_sizes(self) -> None:
-        "Initialise the shared matrix so that rare vectors are as large as the others."
-        nn.init.normal_(self.expand.weight, std=self.expand.in_features**-0.5)
-        with torch.no_grad():
-            self.expand.weight.mul_(root_mean_square(self.common.weight) / root_mean_square(self.rare.weight))
-
-    @property
-    def weight(self) -> Tensor:
-        "The vectors of all ids: (V, width)."
-        return torch.cat([self.common.weight, self.expand(self.rare.weight).to(self.common.weight.dtype)])
-
-    def forward(self, idx: Tensor) -> Tensor:
-        own = self.common(idx.clamp(max=self.cutoff - 1))
-        made = self.expand(self.rare((idx - self.cutoff).clamp(min=0)))
-        return torch.where((idx < self.cutoff)[..., None], own, made.to(own.dtype))
-
-# %% ../nbs/15_gpt.ipynb #b7d40c52
-def rare_ids(vocab_size: int, cfg: GPTConfig) -> int:
-    "How many ids lie beyond the cutoff; none where there is no cutoff."
-    return max(0, vocab_size - cfg.embedding_cutoff) if cfg.embedding_cutoff else 0
-
-
-def token_embedding(vocab_size: int, cfg: GPTConfig) -> nn.Embedding | AdaptiveEmbedding:
-    "The vectors of the ids, all of them alike where none is rare."
-    if rare_ids(vocab_size, cfg):
-        return AdaptiveEmbedding(vocab_size, cfg.d_model, cfg.embedding_cutoff, cfg.embedding_rank)
-    return nn.Embedding(vocab_size, cfg.d_model)
-
-# %% ../nbs/15_gpt.ipynb #b4e2d8f1
-class AdaptiveHead(nn.Module):
-    "The probability of each id of an `AdaptiveEmbedding`, tied to it: that of a common one, or that of any rare one times which."
-
-    at_once = 128  # rare targets, on a CPU: tables of another size each step would leave its memory in pieces
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.any_rare = nn.Parameter(torch.zeros(1, width))
-
-    def common(self, tokens: AdaptiveEmbedding) -> Tensor:
-        "The rows of the first softmax: (cutoff + 1, width)."
-        return torch.cat([tokens.common.weight, self.any_rare])
-
-    def log_probs(self, hidden: Tensor, tokens: AdaptiveEmbedding) -> Tensor:
-        "The logarithm of the probability of every id: (..., width) to (..., V), in float32 or more."
-        scores = F.linear(hidden, self.common(tokens)), F.linear(hidden @ tokens.expand.weight, tokens.rare.weight)
-        first, rest = (z.to(torch.promote_types(z.dtype, torch.float32)).log_softmax(-1) for z in scores)
-        return torch.cat([first[..., :-1], first[..., -1:] + rest], -1)
-
-    def rare_rows(self, targets: Tensor, tokens: AdaptiveEmbedding) -> tuple[Tensor, Tensor]:
-        """Rows whose target is rare, and its number among the rare ids; some more at the end, `IGNORED`.
-
-        On a GPU, where finding them would make the host wait: all rows, the others `IGNORED`.
-        """
-        rare, which = targets >= tokens.cutoff, targets - tokens.cutoff
-        if targets.device.type != "cpu":
-            return torch.arange(len(targets), device=targets.device), torch.where(rare, which, IGNORED)
-        if hasattr(targets, "fake_mode"):  # without values to choose by: as many rows as Zipf's law says
-            share = 1 - math.log(tokens.cutoff) / math.log(tokens.num_embeddings)
-            return (rows := torch.arange(round(share * len(targets)))), which[rows]
-        rows = rare.nonzero()[:, 0]
-        spare = (0, -len(rows) % self.at_once)
-        return F.pad(rows, spare), F.pad(which[rows], spare, value=IGNORED)
-
-    def loss(self, hidden: Sequence[Tensor], tokens: AdaptiveEmbedding, targets: Tensor, chunk: int, r_drop: float = 0.0) -> Tensor:
-        "What `linear_cross_entropy` is for one softmax; R-Drop compares rare ids where one came."
-        rows, which = self.rare_rows(targets, tokens)
-        off = (which == IGNORED)[:, None]
-        narrow = tuple(counted_rows(h.index_select(0, rows), off) @ tokens.expand.weight for h in hidden)
-        parts = [(tuple(hidden), self.common(tokens), targets.clamp(max=tokens.cutoff)), (narrow, tokens.rare.weight, which)]
-        chunks = chunk, min(chunk, self.at_once) if hidden[0].device.type == "cpu" else chunk
-        first, rest = [linear_cross_entropy(*part, size, r_drop, reduction="sum") for part, size in zip(parts, chunks, strict=True)]
-        return (first + rest) / (targets != IGNORED).sum()
-
-    def nats(self, hidden: Tensor, tokens: AdaptiveEmbedding, targets: Tensor) -> Tensor:
-        "Cross-entropy of each target: (N, width) and (N,) to (N,), in float32."
-        rows, which = self.rare_rows(targets, tokens)
-        first = F.linear(hidden, self.common(tokens)).float()
-        rest = F.linear(hidden[rows] @ tokens.expand.weight, tokens.rare.weight).float()
-        nats = F.cross_entropy(first, targets.clamp(max=tokens.cutoff), reduction="none")
-        return nats.index_add(0, rows, F.cross_entropy(rest, which, reduction="none"))
-
 # %% ../nbs/15_gpt.ipynb #f8c6bde5
 class TokenShift(nn.Module):
     "Add to each vector a learned share of the one before it: (B, T, width) to (B, T, width)."
@@ -318,9 +223,11 @@ class EmbeddingSkips(nn.Module):
 class Embedding(nn.Module):
     "Token vectors, plus a learned vector per position, projected to the width of the first block: (B, T) to (B, T, width)."
 
-    def __init__(self, vocab_size: int, context_length: int, cfg: GPTConfig, width: int, cased: bool = False) -> None:
+    def __init__(
+        self, vocab_size: int, context_length: int, cfg: GPTConfig, width: int, cased: bool = False, pieces: Sequence[bytes] = (),
+    ) -> None:
         super().__init__()
-        self.tokens: Any = token_embedding(vocab_size, cfg)
+        self.tokens: Any = token_embedding(vocab_size, cfg, pieces)
         self.cases = nn.Embedding(N_CASES, cfg.d_model) if cased else None
         self.positions = nn.Embedding(context_length, cfg.d_model) if cfg.position == "learned" else None
         self.dropout = Dropout(cfg.dropout)
@@ -353,7 +260,7 @@ class Decoder(nn.Module):
 
     def __init__(
         self, cfg: GPTConfig, attn_cfg: Any, vocab_size: int, context_length: int, title_mask: bool, checkpoint_activations: bool,
-        pairs: Pairs | None,
+        pairs: Pairs | None, pieces: Sequence[bytes],
     ) -> None:
         super().__init__()
         self.cfg, self.vocab_size, self.context_length = cfg, vocab_size, context_length
@@ -361,7 +268,8 @@ class Decoder(nn.Module):
         self.check_restart()
         common, widths = AttnCommon(context_length, cfg.dropout, cfg.bias, cfg.position, cfg.output_gate), self.widths()
         self.case_head = None if pairs is None else CaseHead(cfg.d_model, pairs)
-        self.embed = Embedding(vocab_size if pairs is None else pairs.n_pieces, context_length, cfg, widths[0], pairs is not None)
+        rows = vocab_size if pairs is None else pairs.n_pieces
+        self.embed = Embedding(rows, context_length, cfg, widths[0], pairs is not None, pieces)
         self.shift = TokenShift(widths[0]) if cfg.token_shift else None
         self.skips = EmbeddingSkips(widths) if cfg.embedding_skips else None
         self.blocks = nn.ModuleList(Block(width, cfg, attn_cfg, common) for width in widths)
@@ -449,8 +357,9 @@ class GPT(Decoder):
         loss_chunk: int = 512,  # rows of logits alive at once in the loss, on a GPU four times as many or more; 0 is all of them
         checkpoint_activations: bool = False,  # recompute each block in the backward pass
         pairs: Pairs | None = None,  # of a vocabulary with letters and case apart
+        pieces: Sequence[bytes] = (),  # by id, for `cfg.embedding_ngrams` (chapter 14a)
     ) -> None:
-        super().__init__(cfg, attn_cfg, vocab_size, context_length, title_mask, checkpoint_activations, pairs)
+        super().__init__(cfg, attn_cfg, vocab_size, context_length, title_mask, checkpoint_activations, pairs, pieces)
         self.loss_chunk = loss_chunk
         tokens = self.embed.tokens
         self.head = None if cfg.tied else nn.Linear(cfg.d_model, tokens.num_embeddings, bias=False)
@@ -538,7 +447,7 @@ def parameter_table(
 def embedding_sizes(cfg: GPTConfig, vocab_size: int) -> dict[str, int]:
     "Parameters of the embedding, and of the head beside it."
     rare, d = rare_ids(vocab_size, cfg), cfg.d_model
-    embedding = (vocab_size - rare) * d + (cfg.embedding_rank * (rare + d) if rare else 0)
+    embedding = (vocab_size - rare) * d + (cfg.embedding_rank * (rare + d + cfg.embedding_ngrams) if rare else 0)
     return {"embedding": embedding, "head": d * (bool(rare) if cfg.tied else vocab_size)}
 
 # %% ../nbs/15_gpt.ipynb #e4ba3349

@@ -423,7 +423,7 @@ def load_exported(
         if file_digest(folder / name) != manifest["files"].get(name):
             raise InputError(f"{folder / name}: is damaged, or not the one that was exported")
     cfg, tokenizer = load_config(folder / "mainrun_nb" / "config.yaml"), load_tokenizer(folder / "mainrun_nb")
-    model = build_model(cfg, tokenizer.vocab_size, tokenizer.pairs)
+    model = build_model(cfg, tokenizer.vocab_size, tokenizer.pairs, tokenizer.pieces)
     found = load_file(weights)
     if manifest.get("gpt2"):
         found = {name: gpt2_layout(name, found[gpt2_name(name)]) for name in model.state_dict()}

@@ -8,6 +8,7 @@ __all__ = ['register_model', 'build_model', 'count_parameters']
 # %% ../nbs/17_models.ipynb #81f913a9
 import inspect
 import os
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ _MODELS: dict[str, type] = {}
 
 def register_model(
     name: str,  # as `model_architecture` will say it
-    cls: type,  # called as cls(section, attn_section, vocab_size, context_length, title_mask, loss_chunk, checkpoint_activations[, pairs])
+    cls: type,  # called as cls(section, attn_section, vocab_size, context_length, title_mask, loss_chunk, checkpoint_activations) and,
+    # where a setting needs them, pairs and pieces
     schema: type,  # its settings: a dataclass that extends GPTConfig; becomes model_configs.<name>
 ) -> None:
     "Make a model available by name, with settings `model_configs.<name>`. Registering a name again replaces it."
@@ -41,18 +43,22 @@ def build_model(
     cfg: Config,
     vocab_size: int,  # of the tokenizer; the model's output
     pairs: Pairs | None = None,  # of a tokenizer of the kind `cased`; none there: stand-ins for `vocab_size` pieces (chapter 22)
+    pieces: Sequence[bytes] = (),  # of the tokenizer, for embedding_ngrams; none there: stand-ins
 ) -> Any:
     "The model that `cfg` describes. Raises `InputError` for an unknown name or a combination that cannot be."
     hp, (name, section, attention, attn_section) = cfg.hyperparams, checked_sections(cfg)
     if pairs is None and cfg.tokenizer.kind == "cased":
         pairs = stand_in(vocab_size)
-    pieces, ids = (pairs.n_pieces, len(pairs.piece)) if pairs else (vocab_size, vocab_size)
+    rows, ids = (pairs.n_pieces, len(pairs.piece)) if pairs else (vocab_size, vocab_size)
+    more: dict[str, Any] = {"pairs": pairs} if pairs else {}
+    more |= {"pieces": pieces} if getattr(section, "embedding_ngrams", 0) else {}
+    check_takes(_MODELS[name], more)
     try:
         if isinstance(section, GPTConfig):
-            check_size(section, attn_section, pieces, hp.context_length, bool(pairs))
+            check_size(section, attn_section, rows, hp.context_length, bool(pairs))
         return _MODELS[name](
             section, attn_section, ids, context_length=hp.context_length, title_mask=hp.title_mask,
-            loss_chunk=hp.loss_chunk, checkpoint_activations=hp.checkpoint_activations, **takes_pairs(_MODELS[name], pairs),
+            loss_chunk=hp.loss_chunk, checkpoint_activations=hp.checkpoint_activations, **more,
         )
     except InputError as e:
         raise InputError(f"model_configs.{name} with attn_configs.{attention}: {e}") from None
@@ -77,7 +83,8 @@ def check_size(section: GPTConfig, attn_section: Any, vocab_size: int, context_l
         part = max(table, key=lambda p: table[p])
         width = "hidden_layer_list" if widths else "hidden_layer"
         shared = section.embedding_cutoff and section.embedding_rank > section.d_model
-        made_by = {"embedding": "vocab_size and embedding_rank" if shared else "vocab_size and d_model",
+        many = "embedding_ngrams" if section.embedding_ngrams > vocab_size else "vocab_size"
+        made_by = {"embedding": f"{many} and {'embedding_rank' if shared or many != 'vocab_size' else 'd_model'}",
                    "head": "vocab_size and d_model", "positions": "context_length and d_model",
                    "mlp": f"{width} and mlp_ratio", "projections": f"d_model and {width}"}.get(part, width)
         raise InputError(f"{made_by}: make {table[part]:.1e} parameters of the {part}, found {total:.1e} in all; at most {most:.1e}")
@@ -94,14 +101,13 @@ def checked_sections(cfg: Config) -> tuple[str, Any, str, Any]:  # model, its se
     return name, section, attention, attns[attention]
 
 
-def takes_pairs(cls: type, pairs: Pairs | None) -> dict[str, Pairs]:
-    "The pairs as an argument of the model's class, if there are any. Raises `InputError` for a class that does not know of them."
-    if pairs is None:
-        return {}
+def check_takes(cls: type, names: Iterable[str]) -> None:
+    "Raise `InputError` for a class of model that does not know an argument which a setting needs."
+    needed_by = {"pairs": "tokenizer.kind=cased", "pieces": "embedding_ngrams"}
     parameters = inspect.signature(cls).parameters.values()
-    if not any(p.name == "pairs" or p.kind is p.VAR_KEYWORD for p in parameters):
-        raise InputError(f"{cls.__name__} takes no `pairs`, which tokenizer.kind=cased needs; see GPT in chapter 15")
-    return {"pairs": pairs}
+    for name in names:
+        if not any(p.name == name or p.kind is p.VAR_KEYWORD for p in parameters):
+            raise InputError(f"{cls.__name__} takes no `{name}`, which {needed_by[name]} needs; see GPT in chapter 15")
 
 # %% ../nbs/17_models.ipynb #250e8306
 def count_parameters(

@@ -23,7 +23,8 @@ from torch.optim import Optimizer
 
 from .config import Hyperparams, InputError, check_name, register_name
 from .data import UNCOUNTED
-from .gpt import AdaptiveEmbedding, CaseHead, root_mean_square
+from .embedding import AdaptiveEmbedding, root_mean_square
+from .gpt import CaseHead
 
 # %% ../nbs/21_optim.ipynb #27227a57
 def parameter_groups(

@@ -105,6 +105,11 @@ class Tokenizer:
         self.pairs: Pairs | None = None  # the piece and the case of every id (cased only)
         self.meta: dict[str, Any] = {}  # what it was trained on, and what it loses
 
+    @property
+    def pieces(self) -> list[bytes]:
+        "The tokens that have a row of the embedding, by id; the special ones are empty."
+        return [b""] * len(SPECIALS) + self.tokens[len(SPECIALS) : self.n_pieces]
+
     def _encode(self, text: str) -> list[int]:
         "Each kind's own way to cut a text that is one."
         raise NotImplementedError

@@ -13,7 +13,7 @@ import math
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -162,12 +162,13 @@ def my_rows(hp: Hyperparams, procs: Processes) -> slice:
 
 def make_state(
     cfg: Config, vocab_size: int, device: torch.device, procs: Processes = Processes(), pairs: Pairs | None = None,  # noqa: B008
+    pieces: Sequence[bytes] = (),
 ) -> TrainState:
     "A fresh state; the seed decides the first weights and all dropout."
     hp = cfg.hyperparams
     my_rows(hp, procs)  # an uneven batch is refused here, before anything is written
     torch.manual_seed(hp.seed)
-    model = build_model(cfg, vocab_size, pairs).to(device)
+    model = build_model(cfg, vocab_size, pairs, pieces).to(device)
     optimizer, scaler = build_optimizer(model, hp, procs.count), make_scaler(hp, device)
     if procs.rank:
         torch.manual_seed(shard_seed(hp.seed, procs.rank))
@@ -513,7 +514,7 @@ def one_run(
     if isinstance(ready, dict):
         return ready
     data, plan, memory = ready
-    state = make_state(cfg, data.tokenizer.vocab_size, device, procs, data.tokenizer.pairs)
+    state = make_state(cfg, data.tokenizer.vocab_size, device, procs, data.tokenizer.pairs, data.tokenizer.pieces)
     with ExitStack() as held:
         found, own = procs.share(lambda: claim(held, run_dir, cfg, resume, data))
         mark = {"identity": asdict(own), "made_with": made_with(cfg.hyperparams, device, procs.count)}

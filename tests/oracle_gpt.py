@@ -196,8 +196,18 @@ class Oracle:
         """Of all ids or pieces: (V, d_model)."""
         if "embed.tokens.weight" in self.weights:
             return self.w("embed.tokens.weight")
-        rare = self.w("embed.tokens.rare.weight") @ self.w("embed.tokens.expand.weight").T
-        return torch.cat([self.w("embed.tokens.common.weight"), rare])
+        common, rare, expand = (self.w(f"embed.tokens.{name}.weight") for name in ("common", "rare", "expand"))
+        made = torch.cat([common, rare @ expand.T])
+        return made + self.spelled(len(made)) @ expand.T if self.m.embedding_ngrams else made
+
+    def spelled(self, n: int) -> Tensor:
+        """What the decimal numbers below n, which stand for pieces, get from their runs of two to five characters: (n, rank)."""
+        texts, table = [f"⟨{i}⟩" for i in range(n)], self.w("embed.tokens.ngrams.table.weight")
+        runs = [[t[a:b] for a in range(len(t)) for b in range(a + 2, min(a + 5, len(t)) + 1) if b - a < len(t)] for t in texts]
+        having = {run: sum(run in own for own in runs) for own in runs for run in own}
+        kept = sorted(having, key=lambda run: (-having[run], run))[: self.m.embedding_ngrams]
+        rows = [[kept.index(run) for run in set(own) if run in kept] for own in runs]
+        return torch.stack([table[own].sum(0) / max(1, len(own)) ** 0.5 for own in rows])
 
     def shifted(self, x: Tensor, idx: Tensor) -> Tensor:
         """Each token's vector with its share of the one before, token by token; an <eos> closes what was before, if titles are apart."""

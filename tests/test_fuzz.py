@@ -93,6 +93,8 @@ def draw(seed: int) -> tuple[dict, dict]:
         overrides |= {cutoff: rng.randint(1, 40), rank: rng.randint(1, 9)}
     for name in ("token_shift", "embedding_skips"):
         overrides[f"model_configs.{arch}.{name}"] = rng.random() < 0.25
+    if f"model_configs.{arch}.embedding_cutoff" in overrides and rng.random() < 0.5:
+        overrides[f"model_configs.{arch}.embedding_ngrams"] = rng.randint(1, 60)
     return overrides, use
 
 
@@ -283,7 +285,8 @@ def penalised_pieces(model, hidden: tuple[Tensor, ...], targets: Tensor, r: floa
     if model.rare_head is None:
         return rdrop_loss([F.linear(h, model.head_weight).double() for h in hidden], targets, r)
     tokens, any_rare = model.embed.tokens, model.rare_head.any_rare
-    first, rare = torch.cat([tokens.common.weight, any_rare]), targets >= tokens.cutoff
+    common, _ = tokens.parts()
+    first, rare = torch.cat([common, any_rare]), targets >= tokens.cutoff
     loss = rdrop_loss([(h @ first.T).double() for h in hidden], targets.clamp(max=tokens.cutoff), r)
     if rare.any():
         rest = tokens.weight[tokens.cutoff :]
