@@ -195,7 +195,7 @@ class GPTConfig:
     tied: bool = True  # the head shares the embedding's weights
     embedding_cutoff: int = at_least(0, 0)  # later, rarer ids: `embedding_rank` numbers each and, tied, a softmax of their own; 0: none
     embedding_rank: int = positive(32)
-    embedding_ngrams: int = at_least(0, 0)  # pieces share so many vectors by their n-grams, of that rank; needs embedding_cutoff; 0: none
+    embedding_ngrams: int = at_least(0, 0, most=10_000_000)  # vectors that pieces spelled alike share; needs embedding_cutoff
     token_shift: bool = False  # a token's vector also holds a learned share of the one before it
     embedding_skips: bool = False  # each block sees the embedding again, by learned scales
     residual_scaling: bool = False  # initialise residual outputs smaller, by 1 / sqrt(2 n_layer)

@@ -83,8 +83,8 @@ def check_size(section: GPTConfig, attn_section: Any, vocab_size: int, context_l
         part = max(table, key=lambda p: table[p])
         width = "hidden_layer_list" if widths else "hidden_layer"
         shared = section.embedding_cutoff and section.embedding_rank > section.d_model
-        many = "embedding_ngrams" if section.embedding_ngrams > vocab_size else "vocab_size"
-        made_by = {"embedding": f"{many} and {'embedding_rank' if shared or many != 'vocab_size' else 'd_model'}",
+        grams = section.embedding_ngrams > vocab_size
+        made_by = {"embedding": f"{'embedding_ngrams' if grams else 'vocab_size'} and {'embedding_rank' if shared or grams else 'd_model'}",
                    "head": "vocab_size and d_model", "positions": "context_length and d_model",
                    "mlp": f"{width} and mlp_ratio", "projections": f"d_model and {width}"}.get(part, width)
         raise InputError(f"{made_by}: make {table[part]:.1e} parameters of the {part}, found {total:.1e} in all; at most {most:.1e}")

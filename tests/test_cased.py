@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from mainrun_nb.case import fold
 from mainrun_nb.checkpoint import load_run
 from mainrun_nb.config import CausalAttnConfig, GPTConfig, InputError, tiny
+from mainrun_nb.embedding import find_ngrams
 from mainrun_nb.evaluate import evaluate
 from mainrun_nb.generate import stream_title, write_titles
 from mainrun_nb.gpt import GPT
+from mainrun_nb.hub import export_run, load_exported
 from mainrun_nb.memory import measured_peak, simulate_step
 from mainrun_nb.models import build_model
 from mainrun_nb.synthetic import sample_titles
@@ -139,6 +141,8 @@ def test_generation_by_cache_and_stream(tokenizer):
     ["hyperparams.model_architecture=unet_gpt", "model_configs.unet_gpt.hidden_layer_list=[32,16,32]", "model_configs.unet_gpt.d_model=32"],
     ["hyperparams.optimizer=muon", "hyperparams.lr=0.01", "hyperparams.r_drop=1.0", "hyperparams.amp_bool=true", "hyperparams.ema=0.9"],
     ["model_configs.gpt.attention_layer=sparsek", "model_configs.gpt.tied=false", "hyperparams.grad_accum=2"],
+    ["hyperparams.optimizer=muon", "model_configs.gpt.embedding_cutoff=300", "model_configs.gpt.embedding_ngrams=400",
+     "model_configs.gpt.embedding_rank=8", "model_configs.gpt.token_shift=true"],
 ])
 def test_a_run_of_every_kind_trains_resumes_and_is_read_back(overrides, tmp_path):
     cfg = tiny(*CASED, *overrides)
@@ -187,3 +191,18 @@ def test_a_model_of_ones_own_that_knows_no_pairs_is_refused(monkeypatch):
     build_model(tiny(), 50)
     with pytest.raises(InputError, match="Own takes no `pairs`"):
         build_model(tiny("tokenizer.kind=cased"), 50)
+    with pytest.raises(InputError, match="Own takes no `pieces`, which embedding_ngrams needs"):
+        build_model(tiny("model_configs.gpt.embedding_cutoff=20", "model_configs.gpt.embedding_ngrams=20"), 50)
+
+
+@pytest.mark.parametrize("kind", ["cased", "unigram", "bpe"])
+def test_ngrams_are_those_of_the_runs_own_pieces(kind, tmp_path):
+    gpt = [f"model_configs.gpt.embedding_{s}" for s in ("cutoff=300", "ngrams=400", "rank=8")]
+    run = train(tiny(*CASED, f"tokenizer.kind={kind}", "hyperparams.max_steps=3", *gpt), tmp_path / "run", progress=False)
+    _, model, tokenizer = load_run(tmp_path / "run")
+    assert evaluate_run(tmp_path / "run")["val/loss"] == pytest.approx(run.loss, rel=1e-6)
+    found, ngrams = find_ngrams(tokenizer.pieces, 400), model.embed.tokens.ngrams
+    assert len(found.counts) == tokenizer.n_pieces and not found.counts[:3].any()
+    assert ngrams.ids.tolist() == found.ids.tolist()
+    _, exported, _ = load_exported(export_run(tmp_path / "run", tmp_path / "export"))
+    torch.testing.assert_close(exported.embed.tokens.weight, model.embed.tokens.weight)

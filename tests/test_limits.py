@@ -90,6 +90,10 @@ REFUSED = {
     "hyperparams.vocab_size=10000000 model_configs.gpt.d_model=1000000": "vocab_size and d_model: make 1.0e+13 parameters of the embedding",
     "model_configs.gpt.embedding_cutoff=9 model_configs.gpt.embedding_rank=2147483647 hyperparams.vocab_size=1000":
         "vocab_size and embedding_rank: make",
+    "model_configs.gpt.embedding_ngrams=5": "embedding_ngrams=5: needs embedding_cutoff",
+    "model_configs.gpt.embedding_ngrams=10000001 model_configs.gpt.embedding_cutoff=9": "embedding_ngrams: must be at most 10000000",
+    "model_configs.gpt.embedding_ngrams=10000000 model_configs.gpt.embedding_cutoff=9 model_configs.gpt.embedding_rank=20000000":
+        "embedding_ngrams and embedding_rank: make",
     "attn_configs.causal.n_head=64": "n_head: 64 heads do not divide the layer's width 32",
     "attn_configs.causal.n_head=4 attn_configs.causal.intermediate_dim=2": "n_head: 4 heads do not divide intermediate_dim 2",
     "model_configs.gpt.restart_positions=true": "restart_positions: needs hyperparams.title_mask=true",
