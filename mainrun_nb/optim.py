@@ -170,6 +170,13 @@ class MuonAdamW(Optimizer):
         super().load_state_dict(state_dict)
         self._share()
 
+    def __getstate__(self) -> dict[str, Any]:  # of a copy
+        return {**super().__getstate__(), "parts": self.parts}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._share()
+
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for part in self.parts:
             part.step()

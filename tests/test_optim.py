@@ -551,3 +551,20 @@ def test_two_processes_equal_one(tmp_path):
         assert {k: sorted(v) for k, v in state["state"].items()} == {k: sorted(v) for k, v in optimizer.state_dict()["state"].items()}
         optimizer.load_state_dict(state)
         assert train_step(model, optimizer, *batch(5), hp).ok
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_copy_of_model_and_optimizer_goes_on_alike(name):
+    torch.manual_seed(0)
+    cfg = config(optimizer=name)
+    model = build_model(cfg, V)
+    both = (model, build_optimizer(model, cfg.hyperparams))
+    x = torch.randint(V, (4, 9))
+    take = lambda model, optimizer: train_step(model, optimizer, x[:, :-1], x[:, 1:], cfg.hyperparams)  # noqa: E731
+    take(*both)
+    again = copy.deepcopy(both)
+    for pair in (both, again):
+        torch.manual_seed(1)
+        take(*pair)
+    for a, b in zip(both[0].parameters(), again[0].parameters(), strict=True):
+        assert torch.equal(a, b) and a is not b
