@@ -130,10 +130,16 @@ def full() -> Study:
              "-without-mask": ["hyperparams.title_mask=false"],
              "-without-rope": ["model_configs.gpt.position=learned"],
              "-without-wsd": ["hyperparams.scheduler=cosine"]}
-    dropout = {p: [f"model_configs.gpt.dropout={p}"] for p in ("0.05", "0.1", "0.15")}
-    final = {"final": dropout["0.15"], "dropout-0.05": dropout["0.05"], "dropout-0.1": dropout["0.1"],  # the file's own is 0.15
+    plain = ["model_configs.gpt.embedding_ngrams=0", "hyperparams.weight_decay=0", "hyperparams.adamw_weight_decay=0.01"]
+    second = {f"second{name}": [*plain, f"model_configs.gpt.dropout={p}"]
+              for name, p in {"": "0.15", "-dropout-0.05": "0.05", "-dropout-0.1": "0.1"}.items()}
+    third = {f"decay-{d}-dropout-{p}": [f"hyperparams.weight_decay={d}", f"hyperparams.adamw_weight_decay={d}", f"model_configs.gpt.dropout={p}"]
+             for d in ("0.1", "0.3", "1.0") for p in ("0.05", "0.1", "0.15")}
+    final = {"final": [], **second, **third,
+             "without-ngrams": ["model_configs.gpt.embedding_ngrams=0"], "without-decay": plain[1:],
              "without-cased": ["tokenizer.kind=unigram"],
-             "without-adaptive": ["model_configs.gpt.embedding_cutoff=0", "model_configs.gpt.d_model=128", "model_configs.gpt.n_layer=4"],
+             "without-adaptive": ["model_configs.gpt.embedding_cutoff=0", "model_configs.gpt.embedding_ngrams=0", "model_configs.gpt.d_model=128",
+                                  "model_configs.gpt.n_layer=4"],
              "without-whole-titles": ["hyperparams.rows=stream", "hyperparams.shuffle=false"],
              "without-shortcuts": ["model_configs.gpt.token_shift=false", "model_configs.gpt.embedding_skips=false"]}
     return {"control": (control, ["hyperparams.lr=2.0e-3"]), "control-lr-4.0e-3": (control, ["hyperparams.lr=4.0e-3"]),
