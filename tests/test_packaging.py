@@ -260,6 +260,15 @@ def test_constraints_pin_whatever_the_requirements_bring_along(settings):
     assert not loose & installed, f"constraints.txt does not pin {sorted(loose & installed)}"
 
 
+def test_every_pin_can_be_installed_with_the_first_python_that_is_promised():
+    """Debian 12 has 3.11.2, and a version that asks for 3.11.5 ends its installation in a conflict that names another package."""
+    from packaging.specifiers import SpecifierSet
+
+    dists = [(re.sub(r"[-_.]+", "-", d.metadata["Name"]).lower(), d) for d in importlib.metadata.distributions()]
+    asks = {name: d.metadata["Requires-Python"] or "" for name, d in dists if constraints().get(name) == d.version}
+    assert len(asks) > 50 and not {name: asked for name, asked in asks.items() if not SpecifierSet(asked).contains("3.11.0")}
+
+
 def test_constraints_pin_what_the_cuda_build_of_torch_leaves_open():
     """It names exact versions of CUDA's libraries but for these three, which the image of the GPU runner would take as they come."""
     assert {"cuda-bindings", "cuda-pathfinder", "nvidia-nvjitlink"} <= constraints().keys()
