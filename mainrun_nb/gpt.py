@@ -128,67 +128,6 @@ def init_weights(
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-# %% ../nbs/15_gpt.ipynb #d437fd4f
-CASE_WIDTH = 64  # of the layer in which state and piece meet
-
-# %% ../nbs/15_gpt.ipynb #f631b70e
-class CaseHead(nn.Module):
-    "The probability of each way to write a piece, given the piece and the hidden state before it."
-
-    piece: Tensor  # (V,) of each id
-    case: Tensor  # (V,) class of each id
-    ways: Tensor  # (P, C) logarithm of the number of ids of each piece in each class
-
-    def __init__(self, width: int, pairs: Pairs) -> None:
-        super().__init__()
-        self.of_state = nn.Linear(width, CASE_WIDTH)
-        self.of_piece = nn.Linear(width, CASE_WIDTH, bias=False)
-        self.classes = nn.Linear(CASE_WIDTH, N_CASES)
-        for name in ("piece", "case", "ways"):
-            self.register_buffer(name, torch.tensor(getattr(pairs, name)), persistent=False)
-
-    def pieces(self, targets: Tensor) -> Tensor:
-        "The piece of each target; one that is not counted stays so."
-        return torch.where(targets == IGNORED, IGNORED, self.piece[targets.clamp(min=0)])
-
-    def scores(self, state: Tensor, piece: Tensor) -> Tensor:
-        "z of each class, from what `of_state` and `of_piece` give: (..., CASE_WIDTH) each to (..., C), in float32."
-        return self.classes(F.gelu(state + piece)).float()
-
-    def log_probs(self, hidden: Tensor, vectors: Tensor, piece: Tensor) -> Tensor:
-        "The logarithm of p(c | u, h) for each class, of one piece and its vector: (N, d), (N, d) and (N,) to (N, C), in float32."
-        z = self.scores(self.of_state(hidden), self.of_piece(vectors))
-        return z - (z + self.ways[piece]).logsumexp(-1, keepdim=True)
-
-    def nats(self, hidden: Tensor, vectors: Tensor, targets: Tensor) -> Tensor:
-        "Cross-entropy of the case of each target, whose piece has this vector; 0 for those not counted: (N, d), (N, d) and (N,) to (N,)."
-        ids = targets.clamp(min=0)
-        found = self.log_probs(hidden, vectors, self.piece[ids]).gather(1, self.case[ids][:, None])[:, 0]
-        return -found.masked_fill(targets == IGNORED, 0)
-
-    def all_ids(self, hidden: Tensor, table: Tensor) -> Tensor:
-        "The logarithm of p(c | u, h) for every id: (N, d) and (P, d) to (N, V)."
-        z = self.scores(self.of_state(hidden)[:, None], self.of_piece(table))  # (N, P, C)
-        return z[:, self.piece, self.case] - (z + self.ways).logsumexp(-1)[:, self.piece]
-
-# %% ../nbs/15_gpt.ipynb #9b431641
-def case_loss(
-    head: CaseHead,
-    hidden: Sequence[Tensor],  # one or two passes of (N, d)
-    vectors: Tensor,  # (N, d) of the targets' pieces
-    targets: Tensor,  # (N,) -100: the row is not counted
-    r_drop: float = 0.0,
-) -> Tensor:  # scalar, float32
-    "Mean cross-entropy of the case per counted target, averaged over the passes; with two passes, R-Drop's penalty is added."
-    counted = targets != IGNORED
-    loss = torch.stack([head.nats(h, vectors, targets).sum() for h in hidden]).mean()
-    if r_drop:
-        piece = head.piece[targets.clamp(min=0)]
-        weight = (head.ways[piece].exp() * counted[:, None]).detach()  # (N, C) ids that the class stands for
-        p, q = (head.log_probs(h, vectors, piece) for h in hidden)
-        loss = loss + r_drop / 2 * (weight * (p.exp() - q.exp()) * (p - q)).sum()
-    return loss / counted.sum()
-
 # %% ../nbs/15_gpt.ipynb #f8c6bde5
 class TokenShift(nn.Module):
     "Add to each vector a learned share of the one before it: (B, T, width) to (B, T, width)."
@@ -422,6 +361,67 @@ class GPT(Decoder):
         dtype = next(self.parameters()).dtype
         layers = [b.attn.inner.make_cache(batch_size, self.device, dtype) for b in self.blocks]  # type: ignore[union-attr, operator]
         return GPTCache(layers, 0, torch.zeros(batch_size, 1, dtype=torch.long, device=self.device))
+
+# %% ../nbs/15_gpt.ipynb #d437fd4f
+CASE_WIDTH = 64  # of the layer in which state and piece meet
+
+# %% ../nbs/15_gpt.ipynb #f631b70e
+class CaseHead(nn.Module):
+    "The probability of each way to write a piece, given the piece and the hidden state before it."
+
+    piece: Tensor  # (V,) of each id
+    case: Tensor  # (V,) class of each id
+    ways: Tensor  # (P, C) logarithm of the number of ids of each piece in each class
+
+    def __init__(self, width: int, pairs: Pairs) -> None:
+        super().__init__()
+        self.of_state = nn.Linear(width, CASE_WIDTH)
+        self.of_piece = nn.Linear(width, CASE_WIDTH, bias=False)
+        self.classes = nn.Linear(CASE_WIDTH, N_CASES)
+        for name in ("piece", "case", "ways"):
+            self.register_buffer(name, torch.tensor(getattr(pairs, name)), persistent=False)
+
+    def pieces(self, targets: Tensor) -> Tensor:
+        "The piece of each target; one that is not counted stays so."
+        return torch.where(targets == IGNORED, IGNORED, self.piece[targets.clamp(min=0)])
+
+    def scores(self, state: Tensor, piece: Tensor) -> Tensor:
+        "z of each class, from what `of_state` and `of_piece` give: (..., CASE_WIDTH) each to (..., C), in float32."
+        return self.classes(F.gelu(state + piece)).float()
+
+    def log_probs(self, hidden: Tensor, vectors: Tensor, piece: Tensor) -> Tensor:
+        "The logarithm of p(c | u, h) for each class, of one piece and its vector: (N, d), (N, d) and (N,) to (N, C), in float32."
+        z = self.scores(self.of_state(hidden), self.of_piece(vectors))
+        return z - (z + self.ways[piece]).logsumexp(-1, keepdim=True)
+
+    def nats(self, hidden: Tensor, vectors: Tensor, targets: Tensor) -> Tensor:
+        "Cross-entropy of the case of each target, whose piece has this vector; 0 for those not counted: (N, d), (N, d) and (N,) to (N,)."
+        ids = targets.clamp(min=0)
+        found = self.log_probs(hidden, vectors, self.piece[ids]).gather(1, self.case[ids][:, None])[:, 0]
+        return -found.masked_fill(targets == IGNORED, 0)
+
+    def all_ids(self, hidden: Tensor, table: Tensor) -> Tensor:
+        "The logarithm of p(c | u, h) for every id: (N, d) and (P, d) to (N, V)."
+        z = self.scores(self.of_state(hidden)[:, None], self.of_piece(table))  # (N, P, C)
+        return z[:, self.piece, self.case] - (z + self.ways).logsumexp(-1)[:, self.piece]
+
+# %% ../nbs/15_gpt.ipynb #9b431641
+def case_loss(
+    head: CaseHead,
+    hidden: Sequence[Tensor],  # one or two passes of (N, d)
+    vectors: Tensor,  # (N, d) of the targets' pieces
+    targets: Tensor,  # (N,) -100: the row is not counted
+    r_drop: float = 0.0,
+) -> Tensor:  # scalar, float32
+    "Mean cross-entropy of the case per counted target, averaged over the passes; with two passes, R-Drop's penalty is added."
+    counted = targets != IGNORED
+    loss = torch.stack([head.nats(h, vectors, targets).sum() for h in hidden]).mean()
+    if r_drop:
+        piece = head.piece[targets.clamp(min=0)]
+        weight = (head.ways[piece].exp() * counted[:, None]).detach()  # (N, C) ids that the class stands for
+        p, q = (head.log_probs(h, vectors, piece) for h in hidden)
+        loss = loss + r_drop / 2 * (weight * (p.exp() - q.exp()) * (p - q)).sum()
+    return loss / counted.sum()
 
 # %% ../nbs/15_gpt.ipynb #697837bf
 _PARTS = {

@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_scaling import benchmark
 
+from mainrun_nb.case import stand_in
 from mainrun_nb.config import InputError, tiny
 from mainrun_nb.data import Batches
 from mainrun_nb.models import build_model, count_parameters
@@ -75,6 +76,14 @@ def test_what_has_no_rule_is_refused_and_nothing_is_changed(data, more, message)
     with pytest.raises(InputError, match=message):
         mup(state.model, state.optimizer, 8)
     assert all(torch.equal(a, b) for a, b in zip(before, state.model.parameters(), strict=True))
+
+
+def test_letters_and_case_apart_have_no_rule():
+    cfg = tiny("model_configs.gpt.d_model=16", "model_configs.gpt.hidden_layer=16", "attn_configs.causal.n_head=2", "tokenizer.kind=cased",
+               "hyperparams.optimizer=adamw")
+    state = make_state(cfg, 60, torch.device("cpu"), pairs=stand_in(20))
+    with pytest.raises(InputError, match="letters and case apart"):
+        mup(state.model, state.optimizer, 8)
 
 
 def planned(exponent, noise, seed=0, widths=(32, 80, 192), steps=2, seeds=2, centre=0.013):
