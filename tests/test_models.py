@@ -487,7 +487,8 @@ def test_a_model_crosses_over_to_gpt2_and_back(kind, options, titles, tmp_path):
             torch.manual_seed(seed)
             drawn = pipe(prompt)[0]["generated_text"]
             torch.manual_seed(seed)
-            assert drawn == cut.decode([*start, *map(int, stream_ids(model, start))], skip_special_tokens=True)
+            ours = cut.decode([*start, *map(int, stream_ids(model, start))], skip_special_tokens=True)
+            assert drawn.removeprefix(" ") == ours.removeprefix(" ")
     cfg, back = import_gpt2(folder)
     assert torch.equal(back.eval()(idx)[0], model(idx)[0])
     assert parameter_table(build_model(cfg, tokenizer.vocab_size)) == parameter_table(model)
