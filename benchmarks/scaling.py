@@ -17,8 +17,8 @@ the second half of the run.
 
 `branches`: two GPTs of 14 and 150 thousand non-embedding parameters, trained by AdamW at a constant rate on one pass over the 90,000
 training titles of a draw of 100,000, in batches of 16 rows of 64 tokens. After 64, 256 and 1,024 steps copies of the model read the next
-1,024, 2,048 and 4,096 rows in batches of 8 to 256 rows, the learning rate growing with the root of the batch, and are scored on 16,384
-validation tokens. The noise scale is that of the second half of the steps before.
+1,024, 2,048 and 4,096 rows in batches of 8 to 256 rows, the learning rate growing with the square root of the batch size, and are scored
+on 16,384 validation tokens. The noise scale is that of the second half of the steps before.
 
 Rows are written as they are measured: a study that was stopped goes on where it was.
 """

@@ -546,6 +546,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mainrun_nb.hub._write_gpt2': ('hub.html#_write_gpt2', 'mainrun_nb/hub.py'),
                                 'mainrun_nb.hub.can_be_gpt2': ('hub.html#can_be_gpt2', 'mainrun_nb/hub.py'),
                                 'mainrun_nb.hub.card_head': ('hub.html#card_head', 'mainrun_nb/hub.py'),
+                                'mainrun_nb.hub.check_new': ('hub.html#check_new', 'mainrun_nb/hub.py'),
                                 'mainrun_nb.hub.check_place': ('hub.html#check_place', 'mainrun_nb/hub.py'),
                                 'mainrun_nb.hub.check_repo': ('hub.html#check_repo', 'mainrun_nb/hub.py'),
                                 'mainrun_nb.hub.code': ('hub.html#code', 'mainrun_nb/hub.py'),

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +38,7 @@ _GPT2_FORM = {
     "norm_type": "pre", "norm": "layernorm", "attention_layer": "causal", "position": "learned", "bias": True, "output_gate": False,
     "layer_scale": 0.0, "restart_positions": False, "token_shift": False, "embedding_skips": False,
 }
-_GPT2_BENDS = {"gelu": "gelu", "relu": "relu", "gelu_tanh": "gelu_new"}  # ours -> theirs
+_GPT2_ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "gelu_tanh": "gelu_new"}  # ours -> theirs
 
 
 def refuse_for_gpt2(model: GPT) -> None:
@@ -49,8 +49,8 @@ def refuse_for_gpt2(model: GPT) -> None:
     for name, must in _GPT2_FORM.items():
         if getattr(cfg, name) != must:
             raise InputError(f"{no} {name}={getattr(cfg, name)}: only {must}")
-    if cfg.activation_function not in _GPT2_BENDS:
-        raise InputError(f"{no} activation_function={cfg.activation_function}: only {', '.join(_GPT2_BENDS)}")
+    if cfg.activation_function not in _GPT2_ACTIVATIONS:
+        raise InputError(f"{no} activation_function={cfg.activation_function}: only {', '.join(_GPT2_ACTIVATIONS)}")
     if cfg.hidden_layer != cfg.d_model:
         raise InputError(f"{no} hidden_layer={cfg.hidden_layer} with d_model={cfg.d_model}: only equal ones")
     if bottleneck := model.blocks[0].attn.inner.cfg.intermediate_dim:  # type: ignore[union-attr]
@@ -94,23 +94,23 @@ def to_gpt2_config(model: GPT) -> dict[str, Any]:
         model_type="gpt2", architectures=["GPT2LMHeadModel"], dtype="float32", layer_norm_epsilon=1e-5,
         vocab_size=model.vocab_size, n_positions=model.context_length, n_embd=cfg.d_model, n_layer=cfg.n_layer,
         n_head=model.blocks[0].attn.inner.n_head, n_inner=round(cfg.d_model * cfg.mlp_ratio),  # type: ignore[union-attr]
-        activation_function=_GPT2_BENDS[cfg.activation_function], resid_pdrop=d, embd_pdrop=d, attn_pdrop=d,
+        activation_function=_GPT2_ACTIVATIONS[cfg.activation_function], resid_pdrop=d, embd_pdrop=d, attn_pdrop=d,
         tie_word_embeddings=cfg.tied, **_GPT2_IDS,
     )
 
 
 def from_gpt2_config(theirs: Any) -> Config:
     "Our configuration of a `GPT2Config`; `InputError` for what it has and we have not. Dropout is taken from `resid_pdrop`."
-    bends = {"gelu_pytorch_tanh": "gelu_tanh"} | {v: k for k, v in _GPT2_BENDS.items()}
+    activations = {"gelu_pytorch_tanh": "gelu_tanh"} | {v: k for k, v in _GPT2_ACTIVATIONS.items()}
     must = {"model_type": "gpt2", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-            "add_cross_attention": False, "activation_function": tuple(bends)}
+            "add_cross_attention": False, "activation_function": tuple(activations)}
     for name, wanted in must.items():
         found = getattr(theirs, name, None)
         if found not in (wanted if isinstance(wanted, tuple) else (wanted,)):
             raise InputError(f"this package cannot express GPT-2's {name}={found}: only {wanted}")
     d, ratio = theirs.n_embd, 4 if theirs.n_inner is None else theirs.n_inner / theirs.n_embd
     shape = dict(d_model=d, hidden_layer=d, n_layer=theirs.n_layer, dropout=theirs.resid_pdrop, mlp_ratio=ratio,
-                 activation_function=bends[theirs.activation_function], tied=str(theirs.tie_word_embeddings).lower())
+                 activation_function=activations[theirs.activation_function], tied=str(theirs.tie_word_embeddings).lower())
     return load_config(overrides=[*(f"model_configs.gpt.{name}={value}" for name, value in shape.items()),
                                   f"attn_configs.causal.n_head={theirs.n_head}", f"hyperparams.context_length={theirs.n_positions}",
                                   f"hyperparams.vocab_size={theirs.vocab_size}"])
@@ -155,8 +155,8 @@ def _write_gpt2(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     "The files of a GPT-2."
     weights = {gpt2_name(name): gpt2_layout(name, p.detach().float().cpu()).contiguous() for name, p in model.named_parameters()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})  # transformers asks for the word
-    generation = {**_GPT2_IDS, "max_length": model.context_length}  # transformers would stop at 20 tokens
-    for name, content in {"config.json": to_gpt2_config(model), "generation_config.json": generation}.items():
+    draw = {"max_length": model.context_length, "do_sample": True, "temperature": 1.0, "top_k": 0}  # transformers would stop at 20 tokens
+    for name, content in {"config.json": to_gpt2_config(model), "generation_config.json": {**_GPT2_IDS, **draw}}.items():
         (folder / name).write_text(json.dumps(content, indent=1))
     (folder / "tokenizer.json").write_text(opening_titles(hf_tokenizer(tokenizer)).to_str(pretty=True), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps({
@@ -166,44 +166,22 @@ def _write_gpt2(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     }, indent=1))
     tokenizer.save(folder / "mainrun_nb")
 
-# %% ../nbs/28_hub.ipynb #f263f63f
-MANIFEST, FORMAT = "mainrun_nb/export.json", "mainrun_nb export 1"
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    "What an export says of its files. Raises `InputError` for any other folder."
-    try:
-        content = read_sealed(folder / MANIFEST)
-        if content.get("format") != FORMAT or not isinstance(content.get("files"), dict):
-            raise ValueError(f"its format is not '{FORMAT}'")
-    except OSError:
-        raise InputError(f"{folder}: not the folder of an export (it has no {MANIFEST})") from None
-    except ValueError as e:
-        raise InputError(f"{folder / MANIFEST}: is damaged ({first_line(e)})") from None
-    return content
-
-
-def check_place(folder: Path) -> None:
-    "Raise `InputError` where a folder holds anything that an export has not written."
+# %% ../nbs/28_hub.ipynb #56aac001
+def check_new(folder: Path) -> None:
+    "Raise `InputError` for a folder that holds anything, and for the current one."
     if folder == Path.cwd().resolve():  # it would be taken away from under the shell
         raise InputError(f"{folder}: is the current folder; name one for the export")
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if not (folder / MANIFEST).exists():
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"{folder}: exists and is not {'empty' if folder.is_dir() else 'a folder'}")
-    known = {**read_manifest(folder)["files"], MANIFEST: file_digest(folder / MANIFEST)}
-    there = {str(p.relative_to(folder)): p for p in folder.rglob("*") if not p.is_dir()}
-    if changed := [name for name, p in there.items() if file_digest(p) != known.get(name)]:
-        raise InputError(f"{folder}: {visible(min(changed))} is not as it was exported; choose another folder, so that it is not lost")
 
 # %% ../nbs/28_hub.ipynb #7449165a
 @contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
-    "A draft of the folder, which must be new, empty, or an export as it was written; at the end it stands there. Raises `InputError`."
+def written_whole(folder: Path, check: Callable[[Path], None] = check_new) -> Iterator[Path]:
+    "A draft of the folder, which must pass the check; at the end it stands there. Raises `InputError`."
     folder = folder.resolve()
     draft, old = (folder.parent / f"{folder.name}.{os.getpid()}.{kind}.tmp" for kind in ("new", "old"))
     try:
-        check_place(folder)
+        check(folder)
         draft.mkdir(parents=True)
         yield draft
         if folder.exists():
@@ -375,6 +353,32 @@ def finished_run(run_dir: Path) -> tuple[OpenRun, dict[str, Any]]:
         raise InputError(f"{run_dir}: {wanted} is missing or damaged, the last whole checkpoint is of step {run.checkpoint.step}")
     return run, result
 
+# %% ../nbs/28_hub.ipynb #f263f63f
+MANIFEST, FORMAT = "mainrun_nb/export.json", "mainrun_nb export 1"
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    "What an export says of its files. Raises `InputError` for any other folder."
+    try:
+        content = read_sealed(folder / MANIFEST)
+        if content.get("format") != FORMAT or not isinstance(content.get("files"), dict):
+            raise ValueError(f"its format is not '{FORMAT}'")
+    except OSError:
+        raise InputError(f"{folder}: not the folder of an export (it has no {MANIFEST})") from None
+    except ValueError as e:
+        raise InputError(f"{folder / MANIFEST}: is damaged ({first_line(e)})") from None
+    return content
+
+
+def check_place(folder: Path) -> None:
+    "Raise `InputError` where a folder holds anything that an export has not written."
+    if folder == Path.cwd().resolve() or not (folder / MANIFEST).exists():
+        return check_new(folder)
+    known = {**read_manifest(folder)["files"], MANIFEST: file_digest(folder / MANIFEST)}
+    there = {str(p.relative_to(folder)): p for p in folder.rglob("*") if not p.is_dir()}
+    if changed := [name for name, p in there.items() if file_digest(p) != known.get(name)]:
+        raise InputError(f"{folder}: {visible(min(changed))} is not as it was exported; choose another folder, so that it is not lost")
+
 # %% ../nbs/28_hub.ipynb #c24a2db0
 def can_be_gpt2(model: nn.Module) -> bool:
     "Whether GPT-2's form has room for a model."
@@ -406,7 +410,7 @@ def export_run(
 ) -> Path:  # the folder
     "Write a run as a folder for others: weights, tokenizer, configuration, model card. Raises `InputError`, having written nothing."
     run, result = finished_run(Path(run_dir))
-    with written_whole(Path(out_dir)) as draft:
+    with written_whole(Path(out_dir), check_place) as draft:
         write_export(run, result, Path(run_dir).resolve().name, repo, draft)
     return Path(out_dir)
 

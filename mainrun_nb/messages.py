@@ -35,11 +35,11 @@ def did_you_mean(
     return visible(f" Did you mean '{close[0]}'?" if close else f" Known: {', '.join(known[:60])}{more}.")
 
 # %% ../nbs/00_messages.ipynb #013d772f
-UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")  # controls, line ends, halves of pairs
+UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")  # controls, line ends, lone surrogates
 
 # %% ../nbs/00_messages.ipynb #c0c77640
 def visible(text: str, kept: str = "") -> str:
-    "The text with each character that steers a terminal, ends a line or is half of a pair written as an escape, but for those `kept`."
+    "The text with each character that steers a terminal, ends a line or is a lone surrogate written as an escape, but for those `kept`."
     return UNSEEN.sub(lambda c: c[0] if c[0] in kept else c[0].encode("unicode_escape").decode(), text)
 
 # %% ../nbs/00_messages.ipynb #be0b42be

@@ -142,7 +142,7 @@ def branch(
     rows: int,  # of the branch's batches
     more: int,  # rows that it reads in all
 ) -> nn.Module:
-    "A copy of a run's model, trained on in batches of another size, at a rate that grows with the root of the batch (arXiv:2505.23971)."
+    "A run's model copied and trained on in other batches, at a rate that grows with the square root of their size (arXiv:2505.23971)."
     model, changed = deepcopy(state.model), replace(hp, batch_size=rows, grad_accum=1)
     batches, optimizer = Batches(ids, changed), build_optimizer(model, changed)
     optimizer.load_state_dict(deepcopy(state.optimizer.state_dict()))

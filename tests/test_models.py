@@ -482,6 +482,13 @@ def test_a_model_crosses_over_to_gpt2_and_back(kind, options, titles, tmp_path):
         assert " ".join(pipe(prompt, do_sample=False)[0]["generated_text"].split()) == ours
         found = theirs.generate(cut(prompt, return_tensors="pt").input_ids, do_sample=False)[0].tolist()
         assert found == [1, *tokenizer.encode(prompt), *(int(i) for i in stream_ids(model, [1, *tokenizer.encode(prompt)], temperature=0))]
+        start = [1, *tokenizer.encode(prompt)]
+        for seed in range(3):  # a first try, without an option, draws what mainrun-generate draws: from all tokens, at temperature 1
+            torch.manual_seed(seed)
+            drawn = pipe(prompt)[0]["generated_text"]
+            torch.manual_seed(seed)
+            ours = cut.decode([*start, *map(int, stream_ids(model, start))], skip_special_tokens=True)
+            assert drawn.removeprefix(" ") == ours.removeprefix(" ")
     cfg, back = import_gpt2(folder)
     assert torch.equal(back.eval()(idx)[0], model(idx)[0])
     assert parameter_table(build_model(cfg, tokenizer.vocab_size)) == parameter_table(model)
