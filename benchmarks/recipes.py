@@ -103,6 +103,18 @@ WHOLE = ["hyperparams.rows=titles", "hyperparams.shuffle=true"]  # whole titles 
 ADAPTIVE = ["model_configs.gpt.embedding_cutoff=4000", "model_configs.gpt.n_layer=6"]  # few numbers for rare pieces, two more blocks
 WIDER = ["model_configs.gpt.embedding_cutoff=2500", "model_configs.gpt.d_model=192", "model_configs.gpt.n_layer=6"]  # fewer, wider vectors
 SHORTCUTS = ["model_configs.gpt.token_shift=true", "model_configs.gpt.embedding_skips=true"]
+NO_NGRAMS = ["model_configs.gpt.embedding_ngrams=0"]
+ONE_SOFTMAX = ["model_configs.gpt.embedding_cutoff=0", "model_configs.gpt.d_model=128", "model_configs.gpt.n_layer=4"]  # in as many numbers
+
+
+def dropout(p: str) -> list[str]:
+    "Dropout everywhere."
+    return [f"model_configs.gpt.dropout={p}"]
+
+
+def decay(matrices: str, embeddings: str) -> list[str]:
+    "Weight decay of what Muon trains, and of what AdamW trains beside it."
+    return [f"hyperparams.weight_decay={matrices}", f"hyperparams.adamw_weight_decay={embeddings}"]
 
 
 def screen3() -> Study:
@@ -113,33 +125,28 @@ def screen3() -> Study:
 
 def half() -> Study:
     "The same on four epochs of half the titles, at the end of which a model overfits as it does after seven of all."
-    dropout = {f"dropout-{p}": [f"model_configs.gpt.dropout={p}"] for p in ("0.05", "0.15")}
     return changed(FIRST, [*CASED, "hyperparams.num_titles=50000", "hyperparams.epochs=4"], {
-        "cased": [], "weight-decay-0.1": ["hyperparams.weight_decay=0.1"], "whole-titles": WHOLE, **dropout,
+        "cased": [], "weight-decay-0.1": ["hyperparams.weight_decay=0.1"], "whole-titles": WHOLE,
+        "dropout-0.05": dropout("0.05"), "dropout-0.15": dropout("0.15"),
         "adaptive": [*WHOLE, *ADAPTIVE], "shortcuts": [*WHOLE, *ADAPTIVE, *SHORTCUTS],
-        "recipe": [*WHOLE, *WIDER, *SHORTCUTS, *dropout["dropout-0.15"]]})
+        "recipe": [*WHOLE, *WIDER, *SHORTCUTS, *dropout("0.15")]})
 
 
 def full() -> Study:
     "All seven passes: the control, also at other rates; the first recipe and the final one, each without one of its parts."
     control = "sweeps/sota/small_control.yaml"
-    first = {"": [], "-cased": CASED, "-dropout-0.2": ["model_configs.gpt.dropout=0.2"],
+    first = {"": [], "-cased": CASED, "-dropout-0.2": dropout("0.2"),
              "-without-muon": ["hyperparams.optimizer=adamw", "hyperparams.lr=4.0e-3", "hyperparams.weight_decay=0.1"],
              "-without-unigram": ["tokenizer.kind=bpe"],
              "-without-adamw-lr": ["hyperparams.adamw_lr=2.0e-3"],
              "-without-mask": ["hyperparams.title_mask=false"],
              "-without-rope": ["model_configs.gpt.position=learned"],
              "-without-wsd": ["hyperparams.scheduler=cosine"]}
-    plain = ["model_configs.gpt.embedding_ngrams=0", "hyperparams.weight_decay=0", "hyperparams.adamw_weight_decay=0.01"]
-    second = {f"second{name}": [*plain, f"model_configs.gpt.dropout={p}"]
-              for name, p in {"": "0.15", "-dropout-0.05": "0.05", "-dropout-0.1": "0.1"}.items()}
-    third = {f"decay-{d}-dropout-{p}": [f"hyperparams.weight_decay={d}", f"hyperparams.adamw_weight_decay={d}", f"model_configs.gpt.dropout={p}"]
-             for d, p in (("0.3", "0.1"), ("0.1", "0.15"))}
-    final = {"final": [], **second, **third,
-             "without-ngrams": ["model_configs.gpt.embedding_ngrams=0"], "without-decay": plain[1:],
-             "without-cased": ["tokenizer.kind=unigram"],
-             "without-adaptive": ["model_configs.gpt.embedding_cutoff=0", "model_configs.gpt.embedding_ngrams=0", "model_configs.gpt.d_model=128",
-                                  "model_configs.gpt.n_layer=4"],
+    second = {"": "0.15", "-dropout-0.05": "0.05", "-dropout-0.1": "0.1"}
+    final = {"final": [], **{f"second{name}": [*NO_NGRAMS, *decay("0", "0.01"), *dropout(p)] for name, p in second.items()},
+             "decay-0.3-dropout-0.1": [*decay("0.3", "0.3"), *dropout("0.1")], "dropout-0.15": dropout("0.15"),
+             "without-ngrams": NO_NGRAMS, "without-decay": decay("0", "0.01"), "without-cased": ["tokenizer.kind=unigram"],
+             "without-adaptive": [*NO_NGRAMS, *ONE_SOFTMAX],
              "without-whole-titles": ["hyperparams.rows=stream", "hyperparams.shuffle=false"],
              "without-shortcuts": ["model_configs.gpt.token_shift=false", "model_configs.gpt.embedding_skips=false"]}
     return {"control": (control, ["hyperparams.lr=2.0e-3"]), "control-lr-4.0e-3": (control, ["hyperparams.lr=4.0e-3"]),
