@@ -126,18 +126,20 @@ def starts(counts: np.ndarray) -> np.ndarray:
 class NgramVectors(nn.Module):
     "A vector for each piece, made of those of its n-grams: () to (P, rank)."
 
+    counts: Tensor  # (P, 1) how many n-grams each piece has, 1 where it has none
+
     def __init__(self, ngrams: Ngrams, most: int, rank: int) -> None:  # of `most` vectors only the first ones are used, if there are fewer
         super().__init__()
         self.table = nn.Embedding(most, rank)
         order = np.argsort(ngrams.ids, kind="stable")
         made = {"ids": ngrams.ids, "starts": starts(ngrams.counts), "begins": starts(np.bincount(ngrams.ids, minlength=most)),
                 "pieces": np.repeat(np.arange(len(ngrams.counts), dtype=np.int32), ngrams.counts)[order],
-                "share": ngrams.counts.clip(1)[:, None].astype(np.float32) ** -0.5}
+                "counts": ngrams.counts.clip(1)[:, None].astype(np.float32)}
         for name, values in made.items():
             self.register_buffer(name, torch.tensor(values), persistent=False)
 
     def forward(self) -> Tensor:
-        return _Sums.apply(self.table.weight, self.ids, self.starts, self.pieces, self.begins) * self.share
+        return _Sums.apply(self.table.weight, self.ids, self.starts, self.pieces, self.begins) * self.counts.rsqrt()
 
 # %% ../nbs/14a_embedding.ipynb #b7d40c52
 def rare_ids(vocab_size: int, cfg: GPTConfig) -> int:
