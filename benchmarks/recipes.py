@@ -155,7 +155,8 @@ def full() -> Study:
 
 def alone() -> Study:
     "One of the seven passes of control and recipes, each with the whole machine to itself: what the track's minutes are measured by."
-    return {name: (f"sweeps/sota/{name}.yaml", ["hyperparams.epochs=1"]) for name in ("small", "small_first", "small_control")}
+    files = {name: (f"sweeps/sota/{name}.yaml", ["hyperparams.epochs=1"]) for name in ("small", "small_first", "small_control")}
+    return {**files, "second": (RECIPE, ["hyperparams.epochs=1", *NO_NGRAMS, *decay("0", "0.01"), *dropout("0.15")])}
 
 
 def scaled() -> Study:

@@ -86,7 +86,7 @@ def measure(cfg: Config, data: RunData) -> dict[str, Any]:
     cfg = replace(cfg, hyperparams=hp)
     data = replace(data, train_ids=first_titles(data, cfg.data.train_share))
     plan, batches = make_plan(hp, len(data.train_ids)), Batches(data.train_ids, hp)
-    state, losses = make_state(cfg, data.tokenizer.vocab_size, cpu, pairs=data.tokenizer.pairs), []
+    state, losses = make_state(cfg, data.tokenizer.vocab_size, cpu, pairs=data.tokenizer.pairs, pieces=data.tokenizer.pieces), []
     with freed_memory_kept(), computing(hp, cpu):
         while state.step < plan.max_steps:
             losses.append(float(take_step(state, state.model, batches, slice(None), hp, plan.max_steps).result.loss))

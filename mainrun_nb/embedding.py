@@ -152,12 +152,14 @@ def token_embedding(
     cfg: GPTConfig,
     pieces: Sequence[bytes] = (),  # by id, for `cfg.embedding_ngrams`; none there: numbers stand in for them
 ) -> nn.Embedding | AdaptiveEmbedding:
-    "The vectors of the ids, all of them alike where none is rare. Raises `InputError` for n-grams without a cutoff."
+    "The vectors of the ids, all of them alike where none is rare. Raises `InputError` for n-grams without a cutoff or of other pieces."
     most, rank = cfg.embedding_ngrams, cfg.embedding_rank
     if most and not cfg.embedding_cutoff:
         raise InputError(f"embedding_ngrams={most}: needs embedding_cutoff, whose shared matrix makes vectors of their numbers")
     if not rare_ids(vocab_size, cfg):
         return nn.Embedding(vocab_size, cfg.d_model)
+    if most and pieces and len(pieces) != vocab_size:
+        raise InputError(f"embedding_ngrams: needs the spelling of {vocab_size} pieces, found {len(pieces)}")
     ngrams = NgramVectors(find_ngrams(pieces or [b"%d" % i for i in range(vocab_size)], most), most, rank) if most else None
     return AdaptiveEmbedding(vocab_size, cfg.d_model, cfg.embedding_cutoff, rank, ngrams)
 

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from .config import Config, InputError
-from .embedding import rare_ids
+from .embedding import AdaptiveHead, rare_ids
 from .models import build_model
 from .optim import EMA, build_optimizer, guarded_step, train_step
 from .runtime import matrix_rate, signals_later
@@ -69,7 +69,8 @@ def explain(
     state = (STATE_BYTES.get(hp.optimizer, 8) + 4 * bool(hp.momentum and hp.optimizer in ("sgd", "rmsprop"))) * n
     gpt = getattr(cfg.model_configs, hp.model_architecture)
     rare = rare_ids(vocab_size, gpt) if gpt.tied else 0  # with a softmax of their own (chapter 14a)
-    logits = 2 * 4 * max(rare, vocab_size - rare) * min(rows, hp.loss_chunk or rows)
+    chunk = min(rows, hp.loss_chunk or rows)
+    logits = 2 * 4 * max(rare * min(chunk, AdaptiveHead.at_once), (vocab_size - rare) * chunk)
     return {"parameters": 4 * n, "gradients": 4 * n, "optimizer": state,
             "activations": sum(block_activations(rows, w, heads) for w in widths), "logits": logits}
 

@@ -17,6 +17,7 @@ from torch import nn
 from . import moved, sparse_attention, sparsek_stream
 from .case import Pairs, stand_in
 from .config import Config, GPTConfig, InputError, UnetGPTConfig, check_name, check_values, register_section
+from .embedding import rare_ids
 from .gpt import GPT, parameter_formula
 from .unet_gpt import UNetGPT
 
@@ -26,8 +27,7 @@ _MODELS: dict[str, type] = {}
 
 def register_model(
     name: str,  # as `model_architecture` will say it
-    cls: type,  # called as cls(section, attn_section, vocab_size, context_length, title_mask, loss_chunk, checkpoint_activations) and,
-    # where a setting needs them, pairs and pieces
+    cls: type,  # called as GPT is (chapter 15); `pairs` and `pieces` are given only where a setting needs them
     schema: type,  # its settings: a dataclass that extends GPTConfig; becomes model_configs.<name>
 ) -> None:
     "Make a model available by name, with settings `model_configs.<name>`. Registering a name again replaces it."
@@ -43,7 +43,7 @@ def build_model(
     cfg: Config,
     vocab_size: int,  # of the tokenizer; the model's output
     pairs: Pairs | None = None,  # of a tokenizer of the kind `cased`; none there: stand-ins for `vocab_size` pieces (chapter 22)
-    pieces: Sequence[bytes] = (),  # of the tokenizer, for embedding_ngrams; none there: stand-ins
+    pieces: Sequence[bytes] = (),  # `tokenizer.pieces`, for embedding_ngrams; none there: stand-ins, which make another model
 ) -> Any:
     "The model that `cfg` describes. Raises `InputError` for an unknown name or a combination that cannot be."
     hp, (name, section, attention, attn_section) = cfg.hyperparams, checked_sections(cfg)
@@ -75,6 +75,14 @@ def room() -> float:
     return min(LARGEST_MODEL, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4)
 
 
+def embedding_made_by(section: GPTConfig, vocab_size: int) -> str:
+    "The settings whose product most of the embedding's parameters are."
+    rare, rank, d = rare_ids(vocab_size, section), section.embedding_rank, section.d_model
+    parts = {"vocab_size and d_model": (vocab_size - rare) * d, "vocab_size and embedding_rank": rare * rank,
+             "d_model and embedding_rank": rank * d, "embedding_ngrams and embedding_rank": section.embedding_ngrams * rank}
+    return max(parts, key=lambda name: parts[name]) if rare else "vocab_size and d_model"
+
+
 def check_size(section: GPTConfig, attn_section: Any, vocab_size: int, context_length: int, cased: bool) -> None:
     "Raise `InputError` for a model of more parameters than can be, naming the part that has most of them."
     widths = getattr(section, "hidden_layer_list", ())
@@ -82,9 +90,7 @@ def check_size(section: GPTConfig, attn_section: Any, vocab_size: int, context_l
     if (total := table.pop("total")) > (most := room()):
         part = max(table, key=lambda p: table[p])
         width = "hidden_layer_list" if widths else "hidden_layer"
-        shared = section.embedding_cutoff and section.embedding_rank > section.d_model
-        grams = section.embedding_ngrams > vocab_size
-        made_by = {"embedding": f"{'embedding_ngrams' if grams else 'vocab_size'} and {'embedding_rank' if shared or grams else 'd_model'}",
+        made_by = {"embedding": embedding_made_by(section, vocab_size),
                    "head": "vocab_size and d_model", "positions": "context_length and d_model",
                    "mlp": f"{width} and mlp_ratio", "projections": f"d_model and {width}"}.get(part, width)
         raise InputError(f"{made_by}: make {table[part]:.1e} parameters of the {part}, found {total:.1e} in all; at most {most:.1e}")

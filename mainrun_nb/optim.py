@@ -166,14 +166,10 @@ class MuonAdamW(Optimizer):
         for part in self.parts:
             part.param_groups, part.state = [next(groups) for _ in part.param_groups], self.state
 
-    def load_state_dict(self, state_dict: Any) -> None:
-        super().load_state_dict(state_dict)
-        self._share()
-
     def __getstate__(self) -> dict[str, Any]:  # of a copy
         return {**super().__getstate__(), "parts": self.parts}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:  # of a copy, and of a state that is loaded
         super().__setstate__(state)
         self._share()
 

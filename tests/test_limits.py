@@ -94,6 +94,8 @@ REFUSED = {
     "model_configs.gpt.embedding_ngrams=10000001 model_configs.gpt.embedding_cutoff=9": "embedding_ngrams: must be at most 10000000",
     "model_configs.gpt.embedding_ngrams=10000000 model_configs.gpt.embedding_cutoff=9 model_configs.gpt.embedding_rank=20000000":
         "embedding_ngrams and embedding_rank: make",
+    "model_configs.gpt.embedding_ngrams=2000 model_configs.gpt.embedding_cutoff=900 model_configs.gpt.d_model=2000000000":
+        "vocab_size and d_model: make",
     "attn_configs.causal.n_head=64": "n_head: 64 heads do not divide the layer's width 32",
     "attn_configs.causal.n_head=4 attn_configs.causal.intermediate_dim=2": "n_head: 4 heads do not divide intermediate_dim 2",
     "model_configs.gpt.restart_positions=true": "restart_positions: needs hyperparams.title_mask=true",

@@ -96,10 +96,11 @@ def test_every_parameter_is_in_exactly_one_group(name, tied):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("cutoff", [0, 20])
-def test_kinds_of_parameters(tied, cutoff):
+@pytest.mark.parametrize(("cutoff", "ngrams"), [(0, 0), (20, 0), (20, 30)])
+def test_kinds_of_parameters(tied, cutoff, ngrams):
     cfg = config()
     gpt = cfg.model_configs.gpt
+    gpt.embedding_ngrams = ngrams
     gpt.tied, gpt.embedding_cutoff, gpt.token_shift, gpt.embedding_skips = tied, cutoff, True, True
     model = build_model(cfg, V)
     kinds = {id(p): kind for kind, ps in parameter_groups(model).items() for p in ps}
