@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .config import Hyperparams, InputError, load_config
 from .data import Batches
-from .optim import build_optimizer, set_lr, train_step
+from .optim import set_lr, train_step
 from .tracking import read_events
 from .trainer import TrainState
 
@@ -143,9 +143,9 @@ def branch(
     more: int,  # rows that it reads in all
 ) -> nn.Module:
     "A run's model copied and trained on in other batches, at a rate that grows with the square root of their size (arXiv:2505.23971)."
-    model, changed = deepcopy(state.model), replace(hp, batch_size=rows, grad_accum=1)
-    batches, optimizer = Batches(ids, changed), build_optimizer(model, changed)
-    optimizer.load_state_dict(deepcopy(state.optimizer.state_dict()))
+    model, optimizer = deepcopy((state.model, state.optimizer))
+    changed = replace(hp, batch_size=rows, grad_accum=1)
+    batches = Batches(ids, changed)
     set_lr(optimizer, (rows / hp.batch_size) ** 0.5)
     for k in range(more // rows):
         train_step(model, optimizer, *batches[k], changed)
