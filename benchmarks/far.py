@@ -15,7 +15,6 @@ rows are not made again.
 """
 
 import argparse
-import csv
 import math
 import os
 import shlex
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _rows import add_rows, read_rows
 
 from mainrun_nb.config import Config, load_config
 from mainrun_nb.data import EOS, UNCOUNTED, drawn_order, token_stream
@@ -134,7 +134,7 @@ def run(kind: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def done(path: Path) -> set[tuple[str, ...]]:
     "Which runs have their rows."
-    return {tuple(row[k] for k in KEY) for row in csv.DictReader(path.open())} if path.exists() else set()
+    return {tuple(row[k] for k in KEY) for row in read_rows(path)}
 
 
 def main() -> None:
@@ -156,13 +156,7 @@ def main() -> None:
             continue
         with freed_memory_kept():
             rows = run(kind, args)
-        args.csv.parent.mkdir(exist_ok=True)
-        new = not args.csv.exists()
-        with args.csv.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
+        add_rows(args.csv, *rows)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from _rows import read_rows
+
 from mainrun_nb.checkpoint import atomic_write
 from mainrun_nb.config import load_config
 from mainrun_nb.data import load_titles
@@ -177,10 +179,7 @@ def key_of(row: dict[str, Any]) -> Key:
 
 def read_ledger() -> dict[Key, dict[str, str]]:
     "The rows so far."
-    if not LEDGER.exists():
-        return {}
-    with LEDGER.open(newline="", encoding="utf-8") as file:
-        return {key_of(row): row for row in csv.DictReader(file)}
+    return {key_of(row): row for row in read_rows(LEDGER)}
 
 
 def add_row(row: dict[str, Any]) -> None:

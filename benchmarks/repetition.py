@@ -18,9 +18,6 @@ nor under way; a run that was stopped is made again. A row's command makes the s
 """
 
 import argparse
-import csv
-import fcntl
-import io
 import math
 import os
 import shlex
@@ -32,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _rows import add_rows, read_rows
 
 from mainrun_nb.checkpoint import run_lock
 from mainrun_nb.config import Config, InputError, load_config
@@ -100,23 +98,7 @@ def measure(cfg: Config, data: RunData) -> dict[str, Any]:
 
 def done() -> set[str]:
     "Names of the runs that have their row."
-    if not ROWS.exists():
-        return set()
-    with ROWS.open(newline="", encoding="utf-8") as file:
-        return {row["name"] for row in csv.DictReader(file)}
-
-
-def add_row(row: dict[str, Any]) -> None:
-    "One more row; one writer at a time."
-    ROWS.parent.mkdir(parents=True, exist_ok=True)
-    with ROWS.open("a", newline="", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n", extrasaction="ignore")
-        if not file.seek(0, os.SEEK_END):
-            writer.writeheader()
-        writer.writerow(row)
-        file.write(text.getvalue())
+    return {row["name"] for row in read_rows(ROWS)}
 
 
 def make(run: dict[str, Any], data: RunData) -> None:
@@ -128,7 +110,8 @@ def make(run: dict[str, Any], data: RunData) -> None:
             return
         found = measure(load_config(ROOT / CONFIG, run["overrides"]), data)
         commit = git_commit() or ""
-        add_row({**run, **found, "loss": round(found["loss"], 5), "commit": commit[:10] + "+" * commit.endswith("+")})
+        row = {**run, **found, "loss": round(found["loss"], 5), "commit": commit[:10] + "+" * commit.endswith("+")}
+        add_rows(ROWS, {k: row.get(k, "") for k in COLUMNS})
         print(f"{run['name']}: {found['loss']:.4f} nats per character in {found['cpu_seconds'] / 60:.1f} minutes", flush=True)
 
 

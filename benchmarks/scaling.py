@@ -24,7 +24,6 @@ Rows are written as they are measured: a study that was stopped goes on where it
 """
 
 import argparse
-import csv
 import math
 import os
 import time
@@ -35,6 +34,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _rows import add_rows, read_rows
 
 from mainrun_nb.config import Config, load_config
 from mainrun_nb.data import Batches
@@ -183,17 +183,10 @@ STUDIES = {"runs": (measure_runs, "scaling.csv"), "batches": (measure_batches, "
 
 def make(study: Callable[[], Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]], path: Path) -> None:
     "Make a study's runs, one CSV line for each as it ends; those that have theirs are not made again."
-    path.parent.mkdir(exist_ok=True)
     for key, measure in study():
-        done = list(csv.DictReader(path.open())) if path.exists() else []
-        if any(all(row[k] == str(v) for k, v in key.items()) for row in done):
+        if any(all(row[k] == str(v) for k, v in key.items()) for row in read_rows(path)):
             continue
-        row = measure()
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, list(row))
-            if not done:
-                writer.writeheader()
-            writer.writerow(row)
+        add_rows(path, row := measure())
         print(row, flush=True)
 
 

@@ -21,7 +21,6 @@ same run again.
 """
 
 import argparse
-import csv
 import math
 import os
 import time
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _rows import add_rows, read_rows
 
 from mainrun_nb.config import Config, load_config
 from mainrun_nb.data import Batches
@@ -96,25 +96,6 @@ def measure(name: str, data: RunData) -> dict[str, Any]:
             "commit": commit[:10] + "+" * commit.endswith("+"), "command": f"python benchmarks/width.py --run {name}"}
 
 
-def table(path: Path) -> list[dict[str, str]]:
-    "The rows so far."
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def add_row(path: Path, row: dict[str, Any]) -> None:
-    "One more row."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(row), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def wanted(tried: dict[int, float]) -> list[int]:
     "Which rates around the best so far are not tried, the nearest first."
     best = min(tried, key=lambda k: tried[k] if math.isfinite(tried[k]) else math.inf, default=FIRST)
@@ -140,21 +121,21 @@ def left(rows: list[dict[str, str]]) -> list[str]:
 
 def make_coordinates(path: Path) -> None:
     "The rows that the first table lacks."
-    done = [(row["optimizer"], row["parametrisation"], row["width"], row["seed"]) for row in table(path)]
+    done = [(row["optimizer"], row["parametrisation"], row["width"], row["seed"]) for row in read_rows(path)]
     kinds = [(o, p, w, s) for o in ("adamw", "muon") for p in ("standard", "mup") for w in CHECKED for s in CHECK_SEEDS]
     todo = [key for key in kinds if tuple(map(str, key)) not in done]
     data = prepare_data(configured("adamw", WIDTHS[0], FIRST, SEED)) if todo else None
     for key in todo:
         row = dict(zip(("optimizer", "parametrisation", "width", "seed"), key, strict=True)) | check(*key, data)
-        add_row(path, row)
+        add_rows(path, row)
         print(row, flush=True)
 
 
 def make_rates(path: Path) -> None:
     "The rows that the second table lacks."
-    data = prepare_data(configured("adamw", WIDTHS[0], FIRST, SEED)) if left(table(path)) else None
-    while names := left(table(path)):
-        add_row(path, row := measure(names[0], data))
+    data = prepare_data(configured("adamw", WIDTHS[0], FIRST, SEED)) if left(read_rows(path)) else None
+    while names := left(read_rows(path)):
+        add_rows(path, row := measure(names[0], data))
         print(f"{names[0]}: {row['loss']:.4f} in {row['cpu_seconds']:.0f} CPU seconds", flush=True)
 
 
@@ -165,7 +146,7 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="show which runs of the rates would be next, and make none")
     args = parser.parse_args()
     if args.dry:
-        print("\n".join(left(table(RESULTS / "width.csv"))))
+        print("\n".join(left(read_rows(RESULTS / "width.csv"))))
         return
     if "HN_TITLES" not in os.environ:
         parser.exit(0, "width.py: nothing was measured; HN_TITLES must name a file of titles\n")

@@ -1,6 +1,9 @@
 """What every test shares: few threads, a clean environment, real titles where there are any, and slow tests only on request."""
+import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 # Before torch is imported: functional tests gain nothing from more threads, and lose much on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -51,3 +54,14 @@ def root() -> Path:
 def hn_titles() -> Path:
     """The file of real titles that HN_TITLES names; skips the test where it is unset."""
     return _real_titles()
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """A function that gives a script of benchmarks/ as a module."""
+    def load(name: str) -> ModuleType:
+        monkeypatch.syspath_prepend(ROOT / "benchmarks")  # for what the scripts share
+        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
+        spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+        return module
+    return load

@@ -1,7 +1,6 @@
 """The ledger of full runs, and the runner that keeps it."""
 
 import csv
-import importlib.util
 import os
 import shlex
 import sys
@@ -31,11 +30,9 @@ def ledger() -> list[dict[str, str]]:
 
 
 @pytest.fixture
-def recipes(tmp_path, monkeypatch):
+def recipes(benchmark, tmp_path, monkeypatch):
     """benchmarks/recipes.py, working in a folder of its own on a study of three runs, the second of which cannot be."""
-    spec = importlib.util.spec_from_file_location("recipes", ROOT / "benchmarks" / "recipes.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = benchmark("recipes")
     (tmp_path / "sweeps").mkdir()
     (tmp_path / "tiny.yaml").write_text(TINY)
     runs = {"one": [], "impossible": ["attn_configs.causal.n_head=3"], "two": ["hyperparams.lr=0.01"]}

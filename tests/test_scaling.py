@@ -1,7 +1,6 @@
 "Noise scale and scaling laws where the answer is known, on more cases than the chapter shows."
 
 import csv
-import importlib.util
 import json
 import math
 import shlex
@@ -35,14 +34,6 @@ from mainrun_nb.trainer import prepare_data, train
 
 SMALLER = ["hyperparams.vocab_size=300", "hyperparams.num_titles=800", "hyperparams.context_length=16", "hyperparams.batch_size=8",
            "model_configs.gpt.d_model=16", "model_configs.gpt.hidden_layer=16", "model_configs.gpt.n_layer=1"]
-
-
-def benchmark(root, name):
-    """A script of benchmarks/ as a module."""
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", root / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize(("small", "big"), [(1, 2), (2, 64), (0.5, 8)])
@@ -173,8 +164,8 @@ def test_a_ledger_with_unknown_columns_is_refused(tmp_path):
         runs_table(path)
 
 
-def test_the_committed_study_is_what_its_script_says(root):
-    study = benchmark(root, "scaling")
+def test_the_committed_study_is_what_its_script_says(benchmark, root):
+    study = benchmark("scaling")
     rows = list(csv.DictReader((root / "benchmarks" / "results" / "scaling.csv").open()))
     assert len({(r["width"], r["steps"], r["seed"]) for r in rows}) == len(rows) >= len(study.SIZES) * len(study.SHARES)
     for width, layers, heads in study.SIZES:
@@ -253,9 +244,9 @@ def test_scores_without_a_training_are_left_out_of_the_table(root):
 
 
 @pytest.fixture
-def repetition(root, tmp_path, monkeypatch):
+def repetition(benchmark, tmp_path, monkeypatch):
     """benchmarks/repetition.py, writing into a folder of its own."""
-    study = benchmark(root, "repetition")
+    study = benchmark("repetition")
     monkeypatch.setattr(study, "ROWS", tmp_path / "results" / "repetition.csv")
     monkeypatch.setattr(study, "ROOT", tmp_path)
     return study

@@ -1,6 +1,5 @@
 """SparseK: the operator by a solver, fast against plain over many shapes. Leaks and the cache are in test_leaks.py."""
 
-import importlib.util
 import itertools
 
 import pytest
@@ -178,11 +177,9 @@ def test_runs_on_shapes_alone():
 
 
 @pytest.mark.parametrize("titled", [False, True])
-def test_the_rule_studied_beside_ours_is_its_definition(titled, root, monkeypatch):
+def test_the_rule_studied_beside_ours_is_its_definition(titled, benchmark):
     """benchmarks/sparsek.py: weights times gates, for every candidate whose gate is above zero."""
-    monkeypatch.syspath_prepend(root / "benchmarks")
-    spec = importlib.util.spec_from_file_location("benchmark_sparsek", root / "benchmarks" / "sparsek.py")
-    spec.loader.exec_module(study := importlib.util.module_from_spec(spec))
+    study = benchmark("sparsek")
     k, C, w, T = 2, 7, 4, 50
     titles, rule = some_titles(2, T, 0.04) if titled else None, Selection(C, C, w, 8)
     for seed, spread in enumerate((0.3, 1.0, 4.0)):

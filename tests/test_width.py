@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_scaling import benchmark
 
 from mainrun_nb.case import stand_in
 from mainrun_nb.config import InputError, tiny
@@ -166,9 +165,9 @@ def test_the_critical_batch_by_loss_from_a_run_s_folder(tmp_path):
 
 
 @pytest.fixture
-def study(root):
+def study(benchmark):
     """benchmarks/width.py."""
-    return benchmark(root, "width")
+    return benchmark("width")
 
 
 def test_the_sweep_over_rates_goes_on_until_each_best_rate_is_known(study):
