@@ -460,6 +460,8 @@ def before_training(
     tokenizer = load_tokenizer(run_dir / "tokenizer") if going_on and list_checkpoints(run_dir) else None
     data = prepare_data(elsewhere(cfg) if going_on else cfg, tokenizer)
     plan, size = plan_batches(hp, data, device.type), data.tokenizer.n_pieces
+    if size <= (cut := getattr(getattr(cfg.model_configs, hp.model_architecture), "embedding_cutoff", 0)):
+        warnings.warn(f"model_configs.{hp.model_architecture}.embedding_cutoff={cut}: no effect, there are {size:,} pieces", stacklevel=2)
     memory = check_budget(cfg, size, device.type, processes, rough=rough if size == hp.vocab_size else None)
     return data, plan, {**memory, **predicted_time(cfg, size, plan.max_steps, rough["parameters"], device.type, processes)}
 

@@ -1,6 +1,7 @@
 """Letters and case apart: one normalised distribution over ordinary tokens, whatever the model around it."""
 import math
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -206,3 +207,12 @@ def test_ngrams_are_those_of_the_runs_own_pieces(kind, tmp_path):
     assert ngrams.ids.tolist() == found.ids.tolist()
     _, exported, _ = load_exported(export_run(tmp_path / "run", tmp_path / "export"))
     torch.testing.assert_close(exported.embed.tokens.weight, model.embed.tokens.weight)
+
+
+@pytest.mark.parametrize("cutoff", [599, 600])
+def test_a_cutoff_beyond_the_pieces_is_said_to_have_no_effect(cutoff, tmp_path):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        train(tiny(f"model_configs.gpt.embedding_cutoff={cutoff}", "hyperparams.max_steps=2"), tmp_path, progress=False)
+    told = [str(w.message) for w in said if "embedding_cutoff" in str(w.message)]
+    assert told == ["model_configs.gpt.embedding_cutoff=600: no effect, there are 600 pieces"] * (cutoff == 600)
