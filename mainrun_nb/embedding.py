@@ -177,10 +177,9 @@ class AdaptiveHead(nn.Module):
         "The rows of the first softmax: (cutoff, width) to (cutoff + 1, width)."
         return torch.cat([vectors, self.any_rare])
 
-    def log_probs(self, hidden: Tensor, tokens: AdaptiveEmbedding) -> Tensor:
-        "The logarithm of the probability of every id: (..., width) to (..., V), in float32 or more."
-        common, rare = tokens.parts()
-        scores = F.linear(hidden, self.with_rare(common)), F.linear(hidden @ tokens.expand.weight, rare)
+    def log_probs(self, hidden: Tensor, vectors: Tensor, cutoff: int) -> Tensor:
+        "The logarithm of the probability of every id, by the vectors of all: (..., width) and (V, width) to (..., V), in float32 or more."
+        scores = F.linear(hidden, self.with_rare(vectors[:cutoff])), F.linear(hidden, vectors[cutoff:])
         first, rest = (z.to(torch.promote_types(z.dtype, torch.float32)).log_softmax(-1) for z in scores)
         return torch.cat([first[..., :-1], first[..., -1:] + rest], -1)
 

@@ -86,7 +86,7 @@ def stream_ids(
     cache, idx = model.make_cache(n), torch.tensor(prompt, device=model.device).repeat(n, 1)
     done = torch.zeros_like(idx[:, 0], dtype=torch.bool)
     for _ in range(min(room, max_tokens or room)):
-        token = choose(model.logits(model.features(idx, cache)[:, -1]), **kwargs).masked_fill(done, model.eos_id)
+        token = choose(model.logits(model.features(idx, cache)[:, -1], cache), **kwargs).masked_fill(done, model.eos_id)
         done |= token == model.eos_id
         yield token
         if done.all():

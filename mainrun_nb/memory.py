@@ -305,12 +305,13 @@ def inference_memory(
     vocab_size: int | None = None,  # of the tokenizer; none: hyperparams.vocab_size
     texts: int = 1,  # written at once
 ) -> dict[str, int]:  # part -> bytes
-    "What writing with a model holds: parameters and the attention caches."
+    "What writing with a model holds: parameters, what is computed from them once for a text, and the attention caches."
     with signals_later(), FakeTensorMode():
         model = build_model(cfg, vocab_size or cfg.hyperparams.vocab_size)
-        caches = model.make_cache(texts).layers
-        parameters = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-        return {"parameters": parameters, "cache": tensor_bytes(caches)}
+        cache, weights = model.make_cache(texts), (*model.parameters(), *model.buffers())
+        parameters = sum(t.nbytes for t in weights)
+        once = tensor_bytes(list(weights), getattr(cache, "precomputed", ())) - parameters
+        return {"parameters": parameters, "precomputed": once, "cache": tensor_bytes(cache.layers)}
 
 # %% ../nbs/22_memory.ipynb #85c76d76
 def machine_memory() -> int:  # bytes

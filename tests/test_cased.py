@@ -133,7 +133,7 @@ def test_generation_by_cache_and_stream(tokenizer):
     idx = torch.randint(tokenizer.vocab_size, (2, 30))
     cache, parts = model.make_cache(2), []
     for a, b in [(0, 4), (4, 5), (5, 30)]:
-        parts.append(model.logits(model.features(idx[:, a:b], cache)))
+        parts.append(model.logits(model.features(idx[:, a:b], cache), cache))
     torch.testing.assert_close(torch.cat(parts, 1), model(idx)[0], rtol=1e-4, atol=1e-4)
 
 

@@ -274,7 +274,7 @@ def check_cache(case: Case) -> None:
             cache = model.make_cache(len(case.idx))
             while at < T:
                 n = case.rng.choice([1, 1, 2, 3, 5, 17, T])
-                parts.append(model.logits(model.features(case.idx[:, at : at + n], cache)))
+                parts.append(model.logits(model.features(case.idx[:, at : at + n], cache), cache))
                 at += n
             apart = distance({"": torch.cat(parts, 1)}, {"": model(case.idx)[0]})
         judge(case, f"cache, in pieces of {[p.shape[1] for p in parts]}", "logits", apart, tolerance, noise)

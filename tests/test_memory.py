@@ -14,7 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from mainrun_nb import memory
 from mainrun_nb.cli import memory_cli
 from mainrun_nb.config import InputError, load_config
+from mainrun_nb.gpt import CASE_WIDTH
 from mainrun_nb.memory import check_budget, estimate_memory, explain, inference_memory, measured_peak, memory_budget, simulate_step
+from mainrun_nb.models import build_model
 from mainrun_nb.sweep import examine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,7 +100,16 @@ def test_each_process_is_given_its_share():
 def test_inference(attention):
     cfg = load_config(overrides=[*TWO, f"model_configs.gpt.attention_layer={attention}"])
     one, four = (inference_memory(cfg, 3000, texts) for texts in (1, 4))
+    assert one["precomputed"] == four["precomputed"] == 0
     assert one["parameters"] == four["parameters"] and four["cache"] == pytest.approx(4 * one["cache"], rel=0.01)
+
+
+def test_what_a_text_computes_once_is_counted():
+    """The vectors of all pieces, where they are not the parameter itself, and 64 numbers each for the head of the case."""
+    cfg = load_config(overrides=[*ONE, "tokenizer.kind=cased", "model_configs.gpt.embedding_cutoff=100"])
+    width = cfg.model_configs.gpt.d_model
+    model, found = build_model(cfg, 3000), inference_memory(cfg, 3000)["precomputed"]
+    assert found == 4 * model.embed.tokens.num_embeddings * (width + CASE_WIDTH)
 
 
 DEEP = ["model_configs.gpt.n_layer=1000", "model_configs.gpt.d_model=8", "model_configs.gpt.hidden_layer=8", "attn_configs.causal.n_head=2",
