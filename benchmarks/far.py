@@ -28,7 +28,7 @@ import torch
 from _rows import add_rows, read_rows
 
 from mainrun_nb.config import Config, load_config
-from mainrun_nb.data import EOS, UNCOUNTED, drawn_order, token_stream
+from mainrun_nb.data import EOS, IGNORED, drawn_order, token_stream
 from mainrun_nb.documents import Documents
 from mainrun_nb.models import count_parameters
 from mainrun_nb.runtime import freed_memory_kept, peak_memory
@@ -58,7 +58,7 @@ def configured(kind: str, width: int, layers: int, seed: int) -> Config:
 
 def padded(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # (1, LENGTH) each
     "A document as input and targets."
-    x, y = torch.full((1, LENGTH), EOS), torch.full((1, LENGTH), UNCOUNTED)
+    x, y = torch.full((1, LENGTH), EOS), torch.full((1, LENGTH), IGNORED)
     x[0, 1 : len(ids)], y[0, : len(ids)] = ids[:-1], ids
     return x, y
 
@@ -95,7 +95,7 @@ class Exam:
         total, found = 0.0, []
         for x, y, spans in self.rows:
             logits = model(x)[0][0].float()
-            nats = torch.nn.functional.cross_entropy(logits, y[0], ignore_index=UNCOUNTED, reduction="none")
+            nats = torch.nn.functional.cross_entropy(logits, y[0], ignore_index=IGNORED, reduction="none")
             total += float(nats.sum())
             found += [float(nats[a:b].sum()) < math.log(2) for a, b in spans]
         model.train()

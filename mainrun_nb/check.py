@@ -6,7 +6,6 @@
 __all__ = ['Finding', 'check_files']
 
 # %% ../nbs/29_check.ipynb #dadade69
-import hashlib
 import io
 import json
 import re
@@ -61,7 +60,7 @@ def check_checkpoint(path: Path) -> list[Finding]:
     manifest: dict[str, Any] = {}
 
     def verify(name: str) -> None:
-        if hashlib.sha256((path / name).read_bytes()).hexdigest() != manifest.get("sha256", {}).get(name):
+        if file_digest(path / name, 64) != manifest.get("sha256", {}).get(name):
             raise ValueError("the manifest does not vouch for it")
 
     where = f"checkpoints/{path.name}"

@@ -120,9 +120,10 @@ def read_sealed(path: Path) -> dict[str, Any]:
 PRODUCTS = ("samples.txt", "curves.png")  # what a run leaves that cannot carry its id: the result has their digests
 
 
-def file_digest(path: Path) -> str:
-    "A short SHA-256 of a file's content."
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+def file_digest(path: Path, digits: int = 16) -> str:
+    "The first hexadecimal digits of the SHA-256 of a file's content."
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:digits]
 
 # %% ../nbs/25_checkpoint.ipynb #4b3b8c57
 def sweep_scratch(run_dir: str | Path) -> None:
@@ -216,7 +217,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if int(path.name.removeprefix("step-")) != manifest["step"]:
             raise ValueError(f"it is that of step {manifest['step']}")
         for name, expected in manifest["sha256"].items():
-            if hashlib.sha256((path / name).read_bytes()).hexdigest() != expected:
+            if file_digest(path / name, 64) != expected:
                 raise ValueError(f"checksum of {name} differs")
         weights = load_file(path / "model.safetensors")
         state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)

@@ -121,7 +121,7 @@ def named(kind: str, default: str) -> Any:
 class Hyperparams:
     "How to train: the budget, the step, and the precision."
 
-    seed: int = between(0, 2**63, 1337)  # initialisation and dropout only; the split has its own seed in `data`
+    seed: int = between(0, 2**63, 1337)  # initialisation, dropout and, with `shuffle`, the order of titles; the split has its own
     epochs: int = positive(7)
     val_frac: float = fraction(0.10)  # share of the titles kept for validation
     num_titles: int = positive(100_000)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .config import GPTConfig, InputError
-from .loss import IGNORED, counted_rows, linear_cross_entropy
+from .data import IGNORED
+from .loss import counted_rows, linear_cross_entropy
 
 # %% ../nbs/14a_embedding.ipynb #6b869832
 def root_mean_square(x: Tensor) -> Tensor:
@@ -184,7 +185,9 @@ class AdaptiveHead(nn.Module):
         return torch.cat([first[..., :-1], first[..., -1:] + rest], -1)
 
     def rare_rows(self, targets: Tensor, tokens: AdaptiveEmbedding) -> tuple[Tensor, Tensor]:
-        """Rows whose target is rare, and its number among the rare ids; some more at the end, `IGNORED`, to make few sizes of tables.
+        """Rows whose target is rare, and its number among the rare ids: (N,) to two of (R,).
+
+        There are some more at the end, `IGNORED`, so that tables have few different sizes.
 
         On a GPU, where finding them would make the host wait: all rows, the others `IGNORED`.
         """

@@ -19,8 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from .attention import AttnCommon, Dropout, TokenInfo, build_attention, title_numbers
 from .case import N_CASES, Pairs
 from .config import GPTConfig, InputError, SparseKAttnConfig
+from .data import EOS, IGNORED
 from .embedding import AdaptiveEmbedding, AdaptiveHead, rare_ids, token_embedding
-from .loss import IGNORED, linear_cross_entropy
+from .loss import linear_cross_entropy
 
 # %% ../nbs/15_gpt.ipynb #5de0db31
 def make_norm(
@@ -205,7 +206,7 @@ class GPTCache:
 class Decoder(nn.Module):
     "Embedding, blocks, final norm: everything below the head. The arguments are those of `GPT`."
 
-    eos_id = 1  # in every tokenizer of this package
+    eos_id = EOS
 
     def __init__(
         self, cfg: GPTConfig, attn_cfg: Any, vocab_size: int, context_length: int, title_mask: bool, checkpoint_activations: bool,

@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .data import IGNORED
+
 # %% ../nbs/14_loss.ipynb #4e11edb2
-IGNORED = -100  # as a target: this row is not counted (`ignore_index` of PyTorch)
-
-
 def counted_rows(
     hidden: Tensor,  # (n, d)
     ignored: Tensor,  # (n, 1) True: the row is not counted
@@ -90,7 +89,7 @@ def logit_gradients_(
     return loss
 
 # %% ../nbs/14_loss.ipynb #1d2d3afe
-FEW = 64  # rows: their float32 logits are 4 MB at 16,000 words
+FEW = 64  # rows: their float32 logits are 4 MB for a vocabulary of 16,000
 
 
 def table_gradients_(

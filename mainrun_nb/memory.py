@@ -28,7 +28,7 @@ from torch.utils.flop_counter import flop_registry
 from .config import Config, InputError
 from .embedding import AdaptiveHead, rare_ids
 from .models import build_model
-from .optim import EMA, build_optimizer, guarded_step, train_step
+from .optim import EMA, build_optimizer, guarded_step, half_precision, train_step
 from .runtime import matrix_rate, signals_later
 
 # %% ../nbs/22_memory.ipynb #6695e907
@@ -488,7 +488,7 @@ def step_seconds(
 ) -> float | None:
     "About how long an update takes here, not compiled; None where counting what it does takes longer than `patience`."
     hp = replace(cfg.hyperparams, batch_size=cfg.hyperparams.batch_size // processes)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(hp.amp_dtype, torch.bfloat16) if hp.amp_bool else torch.float32
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[half_precision(hp, device)] if hp.amp_bool else torch.float32
     try:
         until = time.monotonic() + (PATIENCE if patience is None else patience)
         work = step_work(replace(cfg, hyperparams=hp), vocab_size or hp.vocab_size, until)
@@ -517,19 +517,19 @@ def predicted_time(
     cfg: Config,
     vocab_size: int,
     steps: int,
-    parameters: int,  # bytes
+    parameter_bytes: int,
     device: str = "cpu",
     processes: int = 1,  # that share out the batch
 ) -> dict[str, float]:  # for the log: seconds of all steps, without evaluations; nothing for a short run
     "About how long a run takes."
     hp = cfg.hyperparams
-    if 6 * parameters / 4 * hp.batch_size * hp.context_length * steps / processes < LONG_RUN:
+    if 6 * parameter_bytes / 4 * hp.batch_size * hp.context_length * steps / processes < LONG_RUN:
         return {}
     seconds = step_seconds(cfg, device, vocab_size, processes, patience=10.0)
     return {} if seconds is None else {"predicted_seconds": seconds * steps}
 
 # %% ../nbs/22_memory.ipynb #716d365e
-TITLE_TOKENS = 12.6  # of a Hacker News title with its <eos>, at 16,000 words
+TITLE_TOKENS = 12.6  # tokens of a Hacker News title with its <eos>, with a vocabulary of 16,000
 
 # %% ../nbs/22_memory.ipynb #a8502559
 def steps_of(cfg: Config) -> int:

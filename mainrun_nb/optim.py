@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from .config import Hyperparams, InputError, check_name, register_name
-from .data import UNCOUNTED
+from .data import IGNORED
 from .embedding import AdaptiveEmbedding, root_mean_square
 from .gpt import CaseHead
 
@@ -344,7 +344,7 @@ def check_precision(hp: Hyperparams, device: torch.device | str) -> None:
     if not hp.amp_bool:
         return
     if hp.amp_dtype == "fp16" and kind != "cuda":
-        raise InputError("hyperparams.amp_dtype: fp16 needs CUDA, on a CPU it is about a thousand times slower than fp32; use bf16")
+        raise InputError("hyperparams.amp_dtype: fp16 needs CUDA, on a CPU it is many times slower than fp32; use bf16")
     if hp.amp_dtype == "bf16" and kind == "cuda" and torch.cuda.is_available():
         if not torch.cuda.is_bf16_supported(including_emulation=False):
             raise InputError("hyperparams.amp_dtype: this GPU has no bf16; use fp16, or auto, which takes it here")
@@ -449,7 +449,7 @@ def divisors(model: nn.Module, y: Tensor, hp: Hyperparams) -> list[int | Tensor]
     parts = hp.grad_accum
     if hp.rows != "titles":
         return [parts] * parts
-    counted = torch.stack([(part != UNCOUNTED).sum() for part in y.chunk(parts)]).float()
+    counted = torch.stack([(part != IGNORED).sum() for part in y.chunk(parts)]).float()
     whole = counted.sum()
     if _ddp(model):  # whose gradients are the mean of the processes'
         dist.all_reduce(whole)

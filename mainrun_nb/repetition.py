@@ -49,7 +49,7 @@ class RepetitionLaw:
         return effective_tokens(1.0, passes, self.r_star)
 
     def half_worth(self) -> float:
-        "The pass whose tokens are worth half as much as fresh ones: the derivative exp(-r / R) is 1/2 there."
+        "The passes after which a further token is worth half a fresh one: the derivative exp(-r / R) is 1/2 there."
         return 1 + self.r_star * math.log(2)
 
 # %% ../nbs/33b_repetition.ipynb #eb6f54d1

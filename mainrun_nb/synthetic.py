@@ -288,8 +288,8 @@ def fill(
 # %% ../nbs/01_synthetic.ipynb #edc2202d
 def pick(p: Iterable[float], n: int, rng: np.random.Generator) -> np.ndarray:  # (n,) places
     "`n` independent places, each with its probability in `p`."
-    edges = np.cumsum(list(p))
-    return np.searchsorted(edges, rng.random(n) * edges[-1], side="right")
+    p = np.fromiter(p, float)
+    return rng.choice(len(p), n, p=p)
 
 
 def sample_patterns(patterns: list[Pattern], lexicon: Lexicon, n: int, seed: int) -> list[str]:

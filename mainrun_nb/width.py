@@ -18,7 +18,7 @@ from torch.optim import Adam, Optimizer
 from .config import Hyperparams, InputError
 from .data import Batches
 from .gpt import GPT
-from .optim import MuonAdamW, parameter_groups
+from .optim import MuonAdamW, parameter_groups, set_lr
 from .scaling import runs_table
 from .trainer import TrainState, take_step
 
@@ -84,7 +84,8 @@ def mup(
             matrix.mul_(wider**-0.5)
     for group in optimizer.param_groups:
         if group["name"] == "matrices" and not group.get("muon"):
-            group["lr"] = group["initial_lr"] = group["initial_lr"] / wider
+            group["initial_lr"] /= wider
+    set_lr(optimizer, 1.0)  # writes into a rate that is a tensor
     model.project = _Times(1 / wider)  # of the final norm, before the head
 
 # %% ../nbs/33c_width.ipynb #27f6669e

@@ -20,8 +20,8 @@ import torch
 from mainrun_nb import data, sources
 from mainrun_nb.config import Hyperparams, InputError, load_config
 from mainrun_nb.data import (
+    IGNORED,
     PAD,
-    UNCOUNTED,
     Batches,
     KneserNey,
     fingerprint,
@@ -501,7 +501,7 @@ def test_rows_hold_whole_titles_and_each_token_once():
         ids = titles_stream(rng, n, 90, longest)
         for order in (None, rng.permutation(n)):
             x, y = title_rows(ids, length, order)
-            counted = y != UNCOUNTED
+            counted = y != IGNORED
             assert torch.equal(y[counted].sort().values, ids.sort().values) and (x == 1).sum() == n
             assert sorted(map(tuple, _titles_of_rows(x, y))) == whole_titles(ids, length)
             assert (x[~counted] == PAD).all() and (counted[:, 1:] <= counted[:, :-1]).all()
@@ -512,8 +512,8 @@ def test_rows_hold_whole_titles_and_each_token_once():
 def _titles_of_rows(x, y):
     """The targets of each title, or piece of one, in rows: it begins at an `<eos>` or at the start of a row."""
     for row, targets in zip(x.tolist(), y.tolist(), strict=True):
-        starts = [i for i, (a, b) in enumerate(zip(row, targets, strict=True)) if b != UNCOUNTED and (a == 1 or i == 0)]
-        real = sum(t != UNCOUNTED for t in targets)
+        starts = [i for i, (a, b) in enumerate(zip(row, targets, strict=True)) if b != IGNORED and (a == 1 or i == 0)]
+        real = sum(t != IGNORED for t in targets)
         for start, stop in zip(starts, [*starts[1:], real], strict=True):
             assert row[start + 1 : stop] == targets[start : stop - 1]  # each input is the target before it
             yield targets[start:stop]
@@ -529,7 +529,7 @@ def test_batches_are_a_function_of_their_number_and_every_pass_is_whole():
             assert all(map(torch.equal, Batches(ids, hp)[int(k)], seen[k]))
         for epoch in range(3):  # what a pass leaves out is less than a batch
             y = torch.cat([y.flatten() for _, y in seen[epoch * n : (epoch + 1) * n]])
-            assert len(ids) - (y != UNCOUNTED).sum() <= 4 * 32
+            assert len(ids) - (y != IGNORED).sum() <= 4 * 32
         assert batches.tokens <= 4 * 32 and (batches.tokens == 4 * 32) == (not batches.whole)
     changed = Batches(ids, replace(hp, seed=1))
     assert not torch.equal(changed[0][1], seen[0][1])

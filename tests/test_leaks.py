@@ -16,7 +16,7 @@ import mainrun_nb.models  # noqa: F401  registers every attention that ships
 from mainrun_nb import attention, sparse_attention
 from mainrun_nb.attention import Attention, TokenInfo
 from mainrun_nb.config import CausalAttnConfig, GPTConfig, RunError, load_config
-from mainrun_nb.data import UNCOUNTED, joined_chars, title_rows, token_stream
+from mainrun_nb.data import IGNORED, joined_chars, title_rows, token_stream
 from mainrun_nb.evaluate import evaluate, validation_metrics
 from mainrun_nb.gpt import GPT
 from mainrun_nb.synthetic import floor_nats, sample_titles
@@ -166,7 +166,7 @@ def test_the_cache_changes_nothing(name, case, blocks, position, title_mask):
 @torch.no_grad()
 def padding_is_not_seen(model: GPT, x: torch.Tensor, y: torch.Tensor) -> None:
     """Fail if what fills up a row changes a hidden state that counts, or the loss, by a single bit."""
-    counted, seen = y != UNCOUNTED, model.features(x)
+    counted, seen = y != IGNORED, model.features(x)
     for filling in (EOS, 2, VOCAB - 1):
         other = torch.where(counted, x, filling)
         assert torch.equal(model.features(other)[counted], seen[counted]), "a title sees what fills up its row"
@@ -179,7 +179,7 @@ def padding_gets_no_gradient(model: GPT, x: torch.Tensor, y: torch.Tensor) -> No
     model.embed.tokens.register_forward_hook(lambda module, inputs, out: vectors.append(out.requires_grad_()) or out.retain_grad())
     model(x, y)[1].backward()
     gradient = vectors[0].grad.abs().sum(-1)
-    assert (gradient[y == UNCOUNTED] == 0).all() and (gradient[y != UNCOUNTED] > 0).any()
+    assert (gradient[y == IGNORED] == 0).all() and (gradient[y != IGNORED] > 0).any()
 
 
 @every_form
@@ -189,7 +189,7 @@ def test_rows_of_whole_titles_see_neither_each_other_nor_what_fills_them_up(name
     model = build(name, case, position, title_mask=True)
     titles = [[*(rng.randrange(2, VOCAB) for _ in range(rng.choice([0, 1, 5, 17, 30]))), EOS] for _ in range(12)]
     x, y = title_rows(torch.tensor([i for title in titles for i in title]), CONTEXT)
-    assert (y == UNCOUNTED).any() and (x == EOS).sum() == len(titles)
+    assert (y == IGNORED).any() and (x == EOS).sum() == len(titles)
     padding_is_not_seen(model, x, y)
     padding_gets_no_gradient(model, x, y)
     own_title_only(model, x)
@@ -238,7 +238,7 @@ def test_a_faint_leak_is_caught_by_every_check(leaky, monkeypatch):
     with pytest.raises(AssertionError, match="is seen from another"):
         own_title_only(build("leaky", 0, title_mask=True), idx)
     with pytest.raises(AssertionError, match="a title sees what fills up its row"):
-        padding_is_not_seen(build("leaky", 0, title_mask=True), idx, torch.where(torch.arange(23) < 19, idx, UNCOUNTED))
+        padding_is_not_seen(build("leaky", 0, title_mask=True), idx, torch.where(torch.arange(23) < 19, idx, IGNORED))
     with pytest.raises(AssertionError):
         cache_changes_nothing(build("leaky", 0), idx, rng)
     monkeypatch.setattr(Leaky, "share", 0.0)  # causal, but it knows nothing of titles
