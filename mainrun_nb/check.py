@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import PRODUCTS, TOKENIZER, collect, compare, decisive, file_digest, list_checkpoints
+from .checkpoint import PRODUCTS, TOKENIZER, collect, compare, decisive, file_digest, list_checkpoints, read_result
 from .checkpoint import read_sealed, run_files, settings_of
 from .config import InputError, first_line, flatten, load_config
 from .tokenizer import load_tokenizer
@@ -85,8 +85,8 @@ def check_products(run_dir: Path) -> list[Finding]:
     "The state of what a run writes at its end. A damaged result cannot vouch for the others."
     result: dict[str, Any] = {}
 
-    def read_result() -> None:
-        result.update(read_sealed(run_dir / "result.json"))
+    def load_result() -> None:
+        result.update(read_result(run_dir / "result.json"))
         result["val/loss"], result["steps"]
 
     def compare_bytes(name: str) -> None:
@@ -94,7 +94,7 @@ def check_products(run_dir: Path) -> list[Finding]:
         if not (run_dir / name).stat().st_size or result.get("files", {}).get(name, digest) != digest:
             raise ValueError("it is not what the run wrote")
 
-    return [reading("result.json", read_result), *(reading(name, partial(compare_bytes, name)) for name in PRODUCTS)]
+    return [reading("result.json", load_result), *(reading(name, partial(compare_bytes, name)) for name in PRODUCTS)]
 
 
 def last_step(run_dir: Path) -> int:

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TOKENIZER', 'UNCHECKED', 'run_lock', 'Checkpoint', 'rng_state', 'set_rng_state', 'sealed', 'read_sealed',
            'sweep_scratch', 'list_checkpoints', 'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'remove_later',
-           'differences', 'Identity', 'identify', 'require_one_run', 'check_folder', 'OpenRun', 'open_run', 'load_run']
+           'differences', 'Identity', 'identify', 'require_one_run', 'check_folder', 'read_result', 'OpenRun',
+           'open_run', 'load_run']
 
 # %% ../nbs/25_checkpoint.ipynb #9dd59f4b
 import errno
@@ -146,8 +147,14 @@ def remove_checkpoint(path: Path) -> None:
 
 # %% ../nbs/25_checkpoint.ipynb #9df342d3
 def list_checkpoints(run_dir: str | Path) -> list[Path]:
-    "The checkpoints of a run, oldest first."
-    return sorted(p for p in (Path(run_dir) / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name) and p.is_dir())
+    "The checkpoints of a run, oldest first. Raises `InputError` where there is a folder of them that cannot be read."
+    folder = Path(run_dir) / "checkpoints"
+    try:
+        return sorted(p for p in folder.iterdir() if re.fullmatch(r"step-\d{8,}", p.name) and p.is_dir())
+    except OSError as e:
+        if isinstance(e, FileNotFoundError) and not folder.is_symlink():
+            return []
+        raise InputError(f"{folder}: cannot be read ({e.strerror})") from None
 
 
 def _val_loss(path: Path) -> float:
@@ -449,6 +456,18 @@ def check_folder(run_dir: Path, cfg: Config, resume: bool) -> bool:  # whether t
         raise InputError(f"{run_dir}: holds a run with another configuration: {', '.join(differ[:3])}{more}; resume with its config.yaml")
     return True
 
+# %% ../nbs/25_checkpoint.ipynb #e1b72d54
+def read_result(path: Path) -> dict[str, Any]:
+    "The content of a run's result.json. Raises `ValueError` for a damaged one, and for one whose loss is not that of its checkpoint."
+    result, known = read_sealed(path), None
+    if "files" in result and "seal" not in result:
+        raise ValueError("its seal is missing")
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        known = read_sealed(path.parent / "checkpoints" / f"step-{result['steps']:08d}" / "manifest.json")["metrics"]["val/loss"]
+    if known is not None and result.get("val/loss") != known:
+        raise ValueError("its loss is not that of its checkpoint")
+    return result
+
 # %% ../nbs/25_checkpoint.ipynb #f554ddc8
 def check_titles(run_dir: Path, source: str, known: str, found: str) -> None:
     "Raise `InputError` where titles are not those of a run, by their digests; of a digest that is not known nothing is said."
@@ -463,7 +482,7 @@ def finished(run_dir: Path, cfg: Config) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        result = read_sealed(path)
+        result = read_result(path)
         known = result["data"]["sha256"]
     except (OSError, ValueError, KeyError, TypeError) as e:
         warnings.warn(f"{path}: is damaged ({e}); it is written again", stacklevel=2)

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from .check import of_other_sweep, other_base
-from .checkpoint import collect, compare, file_digest, read_sealed
+from .checkpoint import collect, compare, file_digest, read_result, read_sealed
 from .config import Config, InputError, flatten, load_config
 from .page import Picture, aligned, curve_row, spread, thinned
 from .tracking import as_event
@@ -105,7 +105,8 @@ class Run:
 def read_object(path: Path, faults: list[str]) -> dict[str, Any]:
     "A JSON object in a file; empty if there is no file, and where it cannot be read, which is noted."
     try:
-        return {k: v for k, v in read_sealed(path).items() if k != "seal"}
+        content = read_result(path) if path.name == "result.json" else read_sealed(path)
+        return {k: v for k, v in content.items() if k != "seal"}
     except FileNotFoundError:
         pass
     except (json.JSONDecodeError, UnicodeDecodeError):

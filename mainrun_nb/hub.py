@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import __version__
-from .checkpoint import OpenRun, file_digest, open_run, read_sealed, sealed
+from .checkpoint import OpenRun, file_digest, open_run, read_result, read_sealed, sealed
 from .config import Config, InputError, RunError, TrackingConfig, config_yaml, first_line, load_config, visible
 from .evaluate import not_comparable
 from .gpt import GPT
@@ -343,7 +343,7 @@ def finished_run(run_dir: Path) -> tuple[OpenRun, dict[str, Any]]:
     "A run with its result. Raises `InputError` for one that is not finished, and for a result of other weights."
     run = open_run(run_dir)
     try:
-        result = read_sealed(run_dir / "result.json")
+        result = read_result(run_dir / "result.json")
     except FileNotFoundError:
         raise InputError(f"{run_dir}: the run is not finished (no result.json); mainrun-train --out {run_dir} --resume goes on") from None
     except (OSError, ValueError) as e:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AS_IS', 'Picture', 'beside', 'quantity', 'fading', 'told', 'Axis', 'axis_of_values', 'thinned', 'curve_row', 'limits',
-           'curves', 'spread', 'aligned', 'render']
+           'curves', 'spread', 'aligned', 'render', 'check_page', 'check_notebook']
 
 # %% ../nbs/09_page.ipynb #5a5e2e04
 import hashlib
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from . import __version__
+from .messages import InputError
 
 # %% ../nbs/09_page.ipynb #df5b773f
 def asset(name: str) -> str:
@@ -244,3 +245,25 @@ def render(**parts: Any) -> str:
     raw = {k: Markup(v) for k, v in {**scripts, "css": asset("page.css"), "data": data}.items()}
     return Environment(autoescape=True).from_string(asset("page.html")).render(
         version=__version__, hashes=" ".join(f"'sha256-{d}'" for d in digests), **parts, **raw)
+
+# %% ../nbs/09_page.ipynb #b8e4fa21
+def check_page(page: Path) -> None:
+    "Raise `InputError` where there is no place for a page, or another file in its place."
+    if page.is_dir():
+        raise InputError(f"{page}: is a folder; --out names the page itself, as in {page / 'report.html'}")
+    if not page.parent.is_dir():
+        raise InputError(f"{page}: there is no folder {page.parent}")
+    if page.suffix not in (".html", ".htm"):
+        raise InputError(f"{page}: the name of a page ends in .html")
+    if page.exists() and b'<meta name="generator" content="mainrun_nb' not in page.read_bytes():
+        raise InputError(f"{page}: is no page of mainrun-report and would be replaced; choose another --out")
+
+
+def check_notebook(notebook: Path) -> None:
+    "Raise `InputError` where the notebook beside a page would replace one that is not a page's."
+    try:
+        known = not notebook.exists() or {"folders", "out"} == set(json.loads(notebook.read_bytes())["metadata"]["papermill"]["parameters"])
+    except (ValueError, KeyError, TypeError):
+        known = False
+    if not known:
+        raise InputError(f"{notebook}: would be replaced by the notebook beside the page; choose another --out")

@@ -23,7 +23,8 @@ from .checkpoint import atomic_write
 from .compare import (Recipe, Run, again, common_settings, curve_rows, defaults, find_runs, head_facts, incomparable, losses, number,
                                 paired, places, read_object, read_settings, recipes, reference_rows, sentence, setting_text, varying)
 from .config import InputError, RunError
-from .page import AS_IS, Axis, Picture, aligned, axis_of_values, beside, curves, fading, limits, quantity, render, told
+from .page import (
+    AS_IS, Axis, Picture, aligned, axis_of_values, beside, check_notebook, check_page, curves, fading, limits, quantity, render, told)
 from .search import Leaderboard, Trial
 from .sweep import template
 from .tracking import as_json
@@ -512,13 +513,10 @@ def page_title(given: list[Path]) -> str:
 
 
 def page_path(given: list[Path], out: str | Path | None) -> Path:
-    "Where the page goes."
+    "Where the page goes. Raises `InputError` where it cannot."
     alone = len(given) == 1 and any((given[0] / name).exists() for name in ("sweep.json", "trial.json", "metrics.jsonl", "result.json"))
     target = Path(out) if out else (given[0] if alone else Path()) / "report.html"
-    if target.is_dir():
-        raise InputError(f"{target}: is a folder; --out names the page itself, as in {target / 'report.html'}")
-    if not target.parent.is_dir():
-        raise InputError(f"{target}: there is no folder {target.parent}")
+    check_page(target)
     return target
 
 # %% ../nbs/32_report.ipynb #47f1d8fa
@@ -556,6 +554,7 @@ def make_report(
     source, target = template("report.ipynb"), page.with_suffix(".ipynb")
     if source.resolve() == target.resolve():
         raise InputError(f"{page}: the notebook beside it would replace the template {source}; choose another --out")
+    check_notebook(target)
     parameters = {"folders": [str(p.absolute()) for p in given], "out": str(page)}
     try:
         papermill.execute_notebook(str(source), str(target), parameters, kernel_name="python3", progress_bar=False,

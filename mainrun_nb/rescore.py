@@ -9,6 +9,7 @@ __all__ = ['evaluate_run']
 import json
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,16 @@ def fits_window(ids: Tensor, hp: Hyperparams) -> bool:
         return False
     return True
 
+# %% ../nbs/27a_rescore.ipynb #b4ea5087
+def count_known(run_dir: str | Path, run: OpenRun, titles: list[str], account: Account) -> None:
+    "Enter into the account of other titles how many of them the run was trained on; unknown where its own are not found."
+    account.val, account.val_in_train = len(titles), None
+    with suppress(InputError):
+        seen = set(trained_on(own_titles(run_dir, run, elsewhere(run.cfg))[0], run.cfg))
+        account.val_in_train = sum(title in seen for title in titles)
+    if (account.val_in_train or 0) > len(titles) / 20:
+        warnings.warn(f"{account.val_in_train:,} of {len(titles):,} titles are among those that the run was trained on", stacklevel=3)
+
 # %% ../nbs/27a_rescore.ipynb #a0b34354
 def evaluate_run(
     run_dir: str | Path,
@@ -69,6 +80,8 @@ def evaluate_run(
     cfg = data_settings(run, overrides if titles is None else [*overrides, f"data.source={json.dumps(titles)}"])
     model = run.model.to(device_of(cfg.hyperparams))
     train, val, account = own_titles(run_dir, run, elsewhere(cfg)) if titles is None else ([], *all_titles(cfg.data))
+    if titles is not None:
+        count_known(run_dir, run, val, account)
     ids = token_stream(val, run.tokenizer)
     lost = lost_titles(ids, val, run.tokenizer)
     metrics = {"step": run.checkpoint.step, "val/challenge_loss": None, "val/coverage": 0.0, "titles": len(val), "tokens": len(ids)}

@@ -83,7 +83,7 @@ class Account:
     left_out: list[str] = field(default_factory=list)  # files, with the reason
     example: str = ""  # of a value that is not text
     val: int = 0  # validation titles that were drawn
-    val_in_train: int = 0  # of them, those that also stand in training, letter for letter
+    val_in_train: int | None = 0  # of them, those that also stand in training, letter for letter; None: not known
     val_outside: int | None = None  # of them, those with characters that the tokenizer cannot give back; None: not counted yet
 
     def record(self, outside: int) -> dict[str, Any]:  # validation titles that the tokenizer does not give back
@@ -105,9 +105,9 @@ class Account:
 
     def of_validation(self) -> list[str]:
         "What is known of the validation titles, in words; what to do where many of them were trained on."
-        if not self.val:
+        if not self.val or self.val_in_train is None:
             return []
-        often = self.val_in_train > self.val / 20 and self.source != "synthetic"
+        often = self.val_in_train > self.val / 20 and self.duplicates and self.source != "synthetic"
         hint = " (data.deduplicate=true keeps each once)" if often else ""
         found = [f"of {self.val:,} validation titles {self.val_in_train / self.val:.1%} also stand in training{hint}"]
         if self.val_outside is not None:

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 # %% ../nbs/31_sweep.ipynb #08b4d5b5
 from . import moved
 from .check import other_base
-from .checkpoint import atomic_write, differences, read_sealed, require_one_run, run_lock, sealed
+from .checkpoint import atomic_write, differences, read_result, read_sealed, require_one_run, run_lock, sealed
 from .config import Config, InputError, RunError, TrackingConfig, did_you_mean, flatten, load_config, save_config
 from .data import load_titles
 from .device import pick_device
@@ -382,6 +382,9 @@ def prepared(search: str | Path, base: str | Path, overrides: list[str] | tuple[
     "The configuration and the search over it. Raises `InputError`, also for titles that cannot be had, unless the search chooses them."
     cfg = load_config(base, overrides)
     found = read_search(search, cfg)
+    varied = {d.key for d in found.dimensions}
+    for given in (text for text in overrides if text.partition("=")[0] in varied):
+        warnings.warn(f"{given}: has no effect, the search varies it", stacklevel=3)
     if not any(d.key == "hyperparams.num_titles" or d.key.startswith("data.") for d in found.dimensions):
         load_titles(cfg)
     if not fast:
@@ -513,7 +516,7 @@ def promote(
     run_dir = best.folder(out) / "run"
     try:
         require_one_run(run_dir)
-        result, cfg = read_sealed(run_dir / "result.json"), load_config(run_dir / "config.yaml")
+        result, cfg = read_result(run_dir / "result.json"), load_config(run_dir / "config.yaml")
     except (OSError, ValueError) as e:  # the files were removed
         why = e if isinstance(e, InputError) else f"{run_dir / 'result.json'} cannot be read"
         raise InputError(f"{out}: trial {best.number} is the best, but its run is not whole ({why})") from None

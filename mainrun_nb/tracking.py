@@ -269,11 +269,16 @@ def first_of(path: Path) -> bytes:
         return file.readline()
 
 
-def check_copy(copy: Path, run_dir: Path | None) -> None:
-    "Raise `InputError` for a second log that cannot be written, or that holds anything else than the beginning of this run's log."
+OWN = {"config.yaml", "metrics.jsonl", "result.json", "tracking.json", "curves.png", "samples.txt", "tokenizer", "checkpoints"}
+
+
+def check_copy(copy: Path, run_dir: Path | None, resume: bool = True) -> None:
+    "Raise `InputError` for a second log that cannot be written, is the run's own, or holds anything else than the beginning of its log."
+    if run_dir and copy.resolve().is_relative_to(run_dir.resolve()) and {*copy.resolve().relative_to(run_dir.resolve()).parts[:1]} & OWN:
+        raise InputError(f"hyperparams.log_file: {copy} is a file that the run itself writes; name another")
     try:
         new, first = not copy.exists(), first_of(copy)
-        if first and first != (first_of(run_dir / "metrics.jsonl") if run_dir else b""):
+        if first and first != (first_of(run_dir / "metrics.jsonl") if run_dir and resume else b""):
             raise InputError(f"hyperparams.log_file: {copy} holds something else than the log of this run; name a new file")
         copy.open("a").close()
         if new:
@@ -370,7 +375,8 @@ class Tracker:
 # %% ../nbs/24_tracking.ipynb #0d73ac93
 def check_tracking(
     cfg: Config,
-    run_dir: Path | None = None,  # of the run that goes on; none: a new one
+    run_dir: Path | None = None,
+    resume: bool = True,  # whether a run in that folder goes on
 ) -> None:
     "Raise `InputError` for an unknown or missing backend, a W&B without the key it was told to use, or an impossible log file."
     for name in cfg.tracking.backends:
@@ -380,7 +386,7 @@ def check_tracking(
     if "wandb" in cfg.tracking.backends and cfg.tracking.mode == "online" and not has_key():
         raise InputError("tracking.mode: online needs a W&B key; set WANDB_API_KEY, run `wandb login`, or use auto or offline")
     if cfg.hyperparams.log_file:
-        check_copy(Path(cfg.hyperparams.log_file), run_dir)
+        check_copy(Path(cfg.hyperparams.log_file), run_dir, resume)
 
 # %% ../nbs/24_tracking.ipynb #5ca704be
 def series(events: list[dict[str, Any]], kind: str, key: str) -> tuple[list[int], list[float]]:

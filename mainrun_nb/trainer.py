@@ -450,7 +450,7 @@ def before_training(
 ) -> dict[str, Any] | tuple[RunData, Plan, dict[str, Any]]:
     "All that can be refused before anything is written: the result of a run that is finished already, or data, plan and memory."
     hp = cfg.hyperparams
-    check_tracking(cfg, run_dir if resume else None)
+    check_tracking(cfg, run_dir, resume)
     check_precision(hp, device)
     check_compiler(hp, device)
     going_on = check_folder(run_dir, cfg, resume)
@@ -483,7 +483,9 @@ def explained(error: BaseException, run_dir: Path, device: torch.device, procs: 
     if "deterministic implementation" in first:
         return RunError(f"{run_dir}: hyperparams.deterministic: {first[:200]}")
     if isinstance(error, OSError) and error.strerror:
-        kept = "the last checkpoint is kept" if list_checkpoints(run_dir) else "there is no checkpoint yet"
+        kept = "there is no checkpoint yet"
+        with suppress(InputError):
+            kept = "the last checkpoint is kept" if list_checkpoints(run_dir) else kept
         return RunError(f"{error.filename or run_dir}: {error.strerror}; {kept}")
     words = ("gloo", "NCCL", "peer", "onnection", "imed out")
     if procs and procs.count > 1 and isinstance(error, RuntimeError) and any(w in str(error) for w in words):

@@ -463,3 +463,16 @@ def test_a_live_page_comes_back_as_it_was(browser, shown, tmp_path):
     assert tab.evaluate("document.querySelector('.board tbody tr:not([hidden])').cells[2].textContent") == "4"
     assert tab.evaluate("document.querySelector('input[value=tokens]').checked")
     assert tab.evaluate("document.querySelector('[aria-sort=ascending]').textContent").startswith("loss")
+
+
+def test_a_page_replaces_nothing_but_a_page(tmp_path):
+    run = write_run(tmp_path / "run", 1.45)
+    mine = {name: (tmp_path / name) for name in ("titles.txt", "page.html", "analysis.ipynb")}
+    for path in mine.values():
+        path.write_text('{"mine": 1}')
+    for out, why in ((run / "config.yaml", "ends in .html"), (run / "result.json", "ends in .html"), (mine["titles.txt"], "ends in .html"),
+                     (mine["page.html"], "no page of mainrun-report"), (tmp_path / "analysis.html", "notebook beside the page")):
+        with pytest.raises(InputError, match=why):
+            make_report(run, out)
+    assert all(path.read_text() == '{"mine": 1}' for path in mine.values()) and not (tmp_path / "analysis.html").exists()
+    assert write_html(run, tmp_path / "new.html") == write_html(run, tmp_path / "new.html")

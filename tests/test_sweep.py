@@ -896,3 +896,9 @@ def test_killed_amended_and_resumed_is_never_killed(tmp_path, base, method):
     assert [(t.params, t.value, t.evaluations, t.error) for t in cut] == [(t.params, t.value, t.evaluations, t.error) for t in whole]
     resumed = sum(e["event"] == "run_resumed" for t in cut for e in events(t.folder(tmp_path / "cut" / "sweep")))
     assert resumed, "no run was cut short"
+
+
+def test_a_setting_that_the_search_varies_is_said_to_have_no_effect(tmp_path, base, pretend):
+    with pytest.warns(UserWarning, match="hyperparams.lr=0.5: has no effect, the search varies it"):
+        board = pretend(search_of(tmp_path, LRS), base, tmp_path / "out", overrides=["hyperparams.lr=0.5", "hyperparams.seed=7"], trials=2)
+    assert len(board.trials) == 2 and 0.5 not in {t.params["hyperparams.lr"] for t in board.trials}

@@ -16,6 +16,7 @@ from mainrun_nb import cli, formats, sources
 from mainrun_nb.config import DataConfig, InputError, load_config, tiny
 from mainrun_nb.data import fingerprint, read_split
 from mainrun_nb.sources import all_titles, draw_titles, load_titles, read_titles
+from mainrun_nb.synthetic import sample_titles
 from mainrun_nb.trainer import evaluate_run, train
 
 KINDS = ("txt", "csv", "tsv", "jsonl", "json", "parquet")
@@ -307,3 +308,16 @@ def test_a_limit_holds_for_each_file_of_a_folder(tmp_path, monkeypatch):
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"x\n" * 2**16))
     with pytest.raises(InputError, match="b.txt.gz: holds more than"), contextlib.suppress(KeyError):
         load_titles(config(tmp_path, 1))
+
+
+def test_titles_that_a_run_was_trained_on_are_counted_and_said(tmp_path):
+    path = tmp_path / "titles.txt"
+    path.write_text("\n".join(titles := sample_titles(300, 4)))
+    train(tiny(f"data.source={path}", "hyperparams.num_titles=300", "hyperparams.max_steps=2"), tmp_path / "run", progress=False)
+    with pytest.warns(UserWarning, match="of 300 titles are among those that the run was trained on"):
+        account = evaluate_run(tmp_path / "run", str(path))["account"]
+    assert account["val"] == 300 and 270 <= account["val_in_train"] < 300 + 1
+    (others := tmp_path / "others.txt").write_text("\n".join(set(sample_titles(200, 5)) - set(titles)))
+    assert evaluate_run(tmp_path / "run", str(others))["account"]["val_in_train"] == 0
+    path.unlink()
+    assert evaluate_run(tmp_path / "run", str(others))["account"]["val_in_train"] is None

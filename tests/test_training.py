@@ -19,9 +19,12 @@ import torch
 
 import mainrun_nb.trainer as trainer
 from mainrun_nb import device
-from mainrun_nb.checkpoint import list_checkpoints, load_checkpoint, load_run, read_checkpoint
+from mainrun_nb.check import check_run
+from mainrun_nb.checkpoint import list_checkpoints, load_checkpoint, load_run, read_checkpoint, sealed
+from mainrun_nb.compare import find_runs
 from mainrun_nb.config import Hyperparams, InputError, RunError, load_config, save_config
 from mainrun_nb.gpt import GPT
+from mainrun_nb.hub import export_run
 from mainrun_nb.optim import StepResult
 from mainrun_nb.tokenizer import BPETokenizer
 from mainrun_nb.tracking import read_events
@@ -715,3 +718,60 @@ def test_torchrun_itself(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert load_checkpoint(tmp_path / "run").step == 24
+
+
+@pytest.mark.parametrize("lost", ["a link to nowhere", "unreadable"])
+def test_checkpoints_that_cannot_be_listed_are_not_taken_for_none(lost, tmp_path, monkeypatch):
+    """The run is refused, and all that it has is left as it was."""
+    run = tmp_path / "run"
+    quick(tiny("hyperparams.max_steps=4"), run)
+    (run / "result.json").unlink()
+    before = {p: p.read_bytes() for p in run.iterdir() if p.is_file()}
+    (run / "checkpoints").rename(tmp_path / "elsewhere")
+    (run / "checkpoints").symlink_to(tmp_path / ("nowhere" if "link" in lost else "elsewhere"))
+    if lost == "unreadable":  # root reads everything
+        there = Path.iterdir
+
+        def listed(path):
+            if path.name == "checkpoints":
+                raise PermissionError(13, "Permission denied")
+            return there(path)
+
+        monkeypatch.setattr(Path, "iterdir", listed)
+    with pytest.raises(InputError, match=r"checkpoints: cannot be read \("):
+        quick(tiny("hyperparams.max_steps=4"), run, resume=True)
+    assert {p: p.read_bytes() for p in run.iterdir() if p.is_file()} == before
+    monkeypatch.undo()
+    (run / "checkpoints").unlink()
+    (tmp_path / "elsewhere").rename(run / "checkpoints")
+    assert quick(tiny("hyperparams.max_steps=4"), run, resume=True).metrics["steps"] == 4
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", "result.json", "checkpoints/log", "../run/metrics.jsonl"])
+def test_a_second_log_is_none_of_the_files_that_the_run_writes(name, tmp_path):
+    """However it is spelled; nothing is written."""
+    (tmp_path / "run").mkdir()
+    for spelled in (tmp_path / "run" / name, os.path.relpath(tmp_path / "run" / name)):
+        with pytest.raises(InputError, match="a file that the run itself writes"):
+            quick(tiny("hyperparams.max_steps=2", f"hyperparams.log_file={spelled}"), tmp_path / "run")
+    assert not any((tmp_path / "run").iterdir())
+    quick(tiny("hyperparams.max_steps=2", f"hyperparams.log_file={tmp_path}/run/copy.jsonl"), tmp_path / "run")
+    assert (tmp_path / "run" / "copy.jsonl").read_bytes() == (tmp_path / "run" / "metrics.jsonl").read_bytes()
+
+
+def test_a_result_edited_by_hand_is_believed_nowhere(tmp_path):
+    """Without its seal too, and sealed anew."""
+    run = tmp_path / "run"
+    loss = quick(tiny("hyperparams.max_steps=4"), run).loss
+    real = json.loads((run / "result.json").read_bytes())
+    edited = {k: v for k, v in real.items() if k != "seal"} | {"val/loss": 0.1}
+    for content in (edited, {k: v for k, v in edited.items() if k != "files"}, sealed(edited)):
+        (run / "result.json").write_text(json.dumps(content))
+        assert {f.file: f.state for f in check_run(run)}["result.json"] == "damaged"
+        with pytest.raises(InputError, match="result.json: cannot be read"):
+            export_run(run, tmp_path / "export")
+        (found,) = find_runs([run])
+        assert found.loss != 0.1 and any("result.json" in fault for fault in found.faults)
+    with pytest.warns(UserWarning, match="damaged"):
+        assert quick(tiny("hyperparams.max_steps=4"), run, resume=True).loss == loss
+    assert json.loads((run / "result.json").read_bytes())["val/loss"] == loss
