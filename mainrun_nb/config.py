@@ -150,7 +150,7 @@ class Hyperparams:
     adamw_weight_decay: float = at_least(0, 0.01)  # with muon: weight decay of the embeddings and an untied head
     grad_clip: float = at_least(0, 1.0)  # largest gradient norm; 0 is off
     grad_accum: int = positive(1)  # micro-batches that a step's batch is cut into: less memory, the same gradient but for dropout's draws
-    r_drop: float = at_least(0, 0.0)  # weight of R-Drop's symmetric KL; 0 is off
+    r_drop: float = at_least(0, 0.0)  # weight of R-Drop's symmetric KL, which `train/loss` then includes; 0 is off
     ema: float = between(0, 1, 0.0)  # decay of the averaged weights; 0 is off
     title_mask: bool = False  # a title attends only to itself
     rows: str = one_of("stream", "titles")  # titles: a row of a batch holds whole titles, padded (chapter 03); needs title_mask
