@@ -463,7 +463,9 @@ def read_result(path: Path) -> dict[str, Any]:
     if "files" in result and "seal" not in result:
         raise ValueError("its seal is missing")
     with suppress(OSError, ValueError, KeyError, TypeError):
-        known = read_sealed(path.parent / "checkpoints" / f"step-{result['steps']:08d}" / "manifest.json")["metrics"]["val/loss"]
+        manifest = read_sealed(path.parent / "checkpoints" / f"step-{result['steps']:08d}" / "manifest.json")
+        if manifest.get("mark", {}).get("identity") == result.get("identity"):  # not that of another run
+            known = manifest["metrics"]["val/loss"]
     if known is not None and result.get("val/loss") != known:
         raise ValueError("its loss is not that of its checkpoint")
     return result

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from mainrun_nb.checkpoint import load_run, read_sealed
+from mainrun_nb.checkpoint import load_run, read_sealed, sealed
 from mainrun_nb.config import InputError, RunError, tiny
 from mainrun_nb.hub import export_run, load_exported
 from mainrun_nb.synthetic import sample_titles
@@ -139,9 +139,9 @@ def test_damage_is_named(own, tmp_path):
 def test_a_result_that_lacks_what_the_card_says_is_one_line(own, tmp_path):
     shutil.copytree(own, tmp_path / "run")
     result = {k: v for k, v in json.loads((own / "result.json").read_text()).items() if k != "seal"}
-    for lacks in ("val/bits_per_byte", "parameters", "val/loss"):
-        (tmp_path / "run" / "result.json").write_text(json.dumps({k: v for k, v in result.items() if k != lacks}))
-        with pytest.raises(InputError, match="result.json: lacks") as caught:
+    for lacks, why in {"val/bits_per_byte": "lacks", "parameters": "lacks", "val/loss": "cannot be read"}.items():
+        (tmp_path / "run" / "result.json").write_text(json.dumps(sealed({k: v for k, v in result.items() if k != lacks})))
+        with pytest.raises(InputError, match=f"result.json: {why}") as caught:
             export_run(tmp_path / "run", tmp_path / "out")
         assert "\n" not in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
