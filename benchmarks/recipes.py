@@ -262,7 +262,7 @@ def score_untouched(trained: dict[str, str], titles: Path) -> None:
     "Evaluate a finished run on the titles that were never drawn, and enter the result."
     command = ["mainrun-eval", shlex.split(trained["command"])[4], "--titles", str(titles.relative_to(ROOT))]
     done = start(command, check=True)
-    row = {k: round(v, 5) for k, v in json.loads(done.stdout).items() if k in COLUMNS}
+    row = {k: round(v, 5) if isinstance(v, float) else v for k, v in json.loads(done.stdout).items() if k in COLUMNS}
     same = {k: trained[k] for k in ("name", "seed", "status", "batch_size", "context_length", "parameters", "steps", "commit", "torch")}
     add_row({**same, **row, "study": "untouched", "n_titles": 10_000, "command": shlex.join(command)})
     print(f"untouched {trained['name']} {trained['seed']}: {row['val/loss']:.4f} nats per character", flush=True)

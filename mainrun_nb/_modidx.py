@@ -107,6 +107,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'mainrun_nb/checkpoint.py'),
                                        'mainrun_nb.checkpoint.read_result': ('checkpoint.html#read_result', 'mainrun_nb/checkpoint.py'),
                                        'mainrun_nb.checkpoint.read_sealed': ('checkpoint.html#read_sealed', 'mainrun_nb/checkpoint.py'),
+                                       'mainrun_nb.checkpoint.readable_checkpoints': ( 'checkpoint.html#readable_checkpoints',
+                                                                                       'mainrun_nb/checkpoint.py'),
                                        'mainrun_nb.checkpoint.remove_checkpoint': ( 'checkpoint.html#remove_checkpoint',
                                                                                     'mainrun_nb/checkpoint.py'),
                                        'mainrun_nb.checkpoint.remove_later': ('checkpoint.html#remove_later', 'mainrun_nb/checkpoint.py'),

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import PRODUCTS, TOKENIZER, collect, compare, decisive, file_digest, list_checkpoints, read_result
+from .checkpoint import PRODUCTS, TOKENIZER, collect, compare, decisive, file_digest, read_result, readable_checkpoints
 from .checkpoint import read_sealed, run_files, settings_of
 from .config import InputError, first_line, flatten, load_config
 from .tokenizer import load_tokenizer
@@ -99,7 +99,7 @@ def check_products(run_dir: Path) -> list[Finding]:
 
 def last_step(run_dir: Path) -> int:
     "The step of the newest checkpoint whose manifest is whole; 0 without one."
-    for path in list_checkpoints(run_dir)[::-1]:
+    for path in readable_checkpoints(run_dir)[::-1]:
         with suppress(OSError, ValueError, KeyError):
             return int(read_sealed(path / "manifest.json")["step"])
     return 0
@@ -107,7 +107,7 @@ def last_step(run_dir: Path) -> int:
 # %% ../nbs/29_check.ipynb #586d2fa7
 def check_run(run_dir: Path) -> list[Finding]:
     "The state of every file of a run's folder."
-    paths, log = list_checkpoints(run_dir), run_dir / "metrics.jsonl"
+    paths, log = readable_checkpoints(run_dir), run_dir / "metrics.jsonl"
     found = [reading("config.yaml", lambda: (run_dir / "config.yaml").stat() and load_config(run_dir / "config.yaml") and None),
              reading(TOKENIZER, lambda: (run_dir / TOKENIZER).stat() and load_tokenizer(run_dir / "tokenizer") and None),
              reading(log.name, lambda: check_log(log, last_step(run_dir)))]

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TOKENIZER', 'UNCHECKED', 'run_lock', 'Checkpoint', 'rng_state', 'set_rng_state', 'sealed', 'read_sealed',
-           'sweep_scratch', 'list_checkpoints', 'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'remove_later',
-           'differences', 'Identity', 'identify', 'require_one_run', 'check_folder', 'read_result', 'OpenRun',
-           'open_run', 'load_run']
+           'sweep_scratch', 'list_checkpoints', 'readable_checkpoints', 'save_checkpoint', 'read_checkpoint',
+           'load_checkpoint', 'remove_later', 'differences', 'Identity', 'identify', 'require_one_run', 'check_folder',
+           'read_result', 'OpenRun', 'open_run', 'load_run']
 
 # %% ../nbs/25_checkpoint.ipynb #9dd59f4b
 import errno
@@ -157,6 +157,14 @@ def list_checkpoints(run_dir: str | Path) -> list[Path]:
         raise InputError(f"{folder}: cannot be read ({e.strerror})") from None
 
 
+def readable_checkpoints(run_dir: str | Path) -> list[Path]:
+    "The checkpoints of a run, oldest first; none where they cannot be listed. For those who only look."
+    try:
+        return list_checkpoints(run_dir)
+    except InputError:
+        return []
+
+
 def _val_loss(path: Path) -> float:
     "The validation loss in a checkpoint's manifest; infinite if there is none."
     try:
@@ -173,7 +181,7 @@ def _best_first(paths: list[Path]) -> list[Path]:
 # %% ../nbs/25_checkpoint.ipynb #9d9a4598
 def prune(run_dir: str | Path, keep: int) -> None:
     "Remove all checkpoints but the newest `keep` and the best."
-    paths = list_checkpoints(run_dir)
+    paths = readable_checkpoints(run_dir)
     kept = {*paths[-keep:], *_best_first(paths)[:1]}
     for path in paths:
         if path not in kept:
@@ -357,7 +365,7 @@ def log_claim(log: Path) -> Claim | None:
 
 def collect(run_dir: Path) -> list[Claim]:
     "What the files of a run folder say of whom they belong to: checkpoints, newest first, log, result, and what dashboards call it."
-    found, manifests = [], [p / "manifest.json" for p in list_checkpoints(run_dir)[::-1]]
+    found, manifests = [], [p / "manifest.json" for p in readable_checkpoints(run_dir)[::-1]]
     for path in (*manifests, *(run_dir / name for name in ("metrics.jsonl", "result.json", "tracking.json"))):
         with suppress(OSError, ValueError, TypeError, RecursionError):
             if path.suffix == ".jsonl":
@@ -436,7 +444,7 @@ def require_one_run(run_dir: Path) -> Belongings:
 def run_files(run_dir: Path) -> list[str]:
     "What a folder holds of a run beside config.yaml."
     names = ["metrics.jsonl", TOKENIZER, "result.json", "samples.txt", "curves.png", "tracking.json"]
-    return [name for name in names if (run_dir / name).exists()] + ["checkpoints"] * bool(list_checkpoints(run_dir))
+    return [name for name in names if (run_dir / name).exists()] + ["checkpoints"] * bool(readable_checkpoints(run_dir))
 
 # %% ../nbs/25_checkpoint.ipynb #bcfdd113
 def check_folder(run_dir: Path, cfg: Config, resume: bool) -> bool:  # whether there is a run to go on with
@@ -462,7 +470,7 @@ def read_result(path: Path) -> dict[str, Any]:
     result, known = read_sealed(path), None
     if "files" in result and "seal" not in result:
         raise ValueError("its seal is missing")
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         manifest = read_sealed(path.parent / "checkpoints" / f"step-{result['steps']:08d}" / "manifest.json")
         if manifest.get("mark", {}).get("identity") == result.get("identity"):  # not that of another run
             known = manifest["metrics"]["val/loss"]

@@ -60,8 +60,8 @@ class AdaptiveEmbedding(nn.Module):
         common, rare = self.parts()
         return torch.cat([common, self.expand(rare).to(common.dtype)])
 
-    def forward(self, idx: Tensor) -> Tensor:
-        common, rare = self.parts()
+    def forward(self, idx: Tensor, parts: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        common, rare = parts or self.parts()
         own = F.embedding(idx.clamp(max=self.cutoff - 1), common)
         made = self.expand(F.embedding((idx - self.cutoff).clamp(min=0), rare))
         return torch.where((idx < self.cutoff)[..., None], own, made.to(own.dtype))
@@ -178,9 +178,10 @@ class AdaptiveHead(nn.Module):
         "The rows of the first softmax: (cutoff, width) to (cutoff + 1, width)."
         return torch.cat([vectors, self.any_rare])
 
-    def log_probs(self, hidden: Tensor, vectors: Tensor, cutoff: int) -> Tensor:
-        "The logarithm of the probability of every id, by the vectors of all: (..., width) and (V, width) to (..., V), in float32 or more."
-        scores = F.linear(hidden, self.with_rare(vectors[:cutoff])), F.linear(hidden, vectors[cutoff:])
+    def log_probs(self, hidden: Tensor, tokens: AdaptiveEmbedding, parts: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        "The logarithm of the probability of every id: (..., width) to (..., V), in float32 or more. `parts`: of `tokens`, if at hand."
+        common, rare = parts or tokens.parts()
+        scores = F.linear(hidden, self.with_rare(common)), F.linear(hidden @ tokens.expand.weight, rare)
         first, rest = (z.to(torch.promote_types(z.dtype, torch.float32)).log_softmax(-1) for z in scores)
         return torch.cat([first[..., :-1], first[..., -1:] + rest], -1)
 

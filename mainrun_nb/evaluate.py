@@ -52,9 +52,12 @@ def summed_loss(
         found, nats = model.features(x), model.token_nats
     else:
         found, nats = model(x)[0], lambda z, t: F.cross_entropy(z.float(), t, reduction="none")
-    pieces = zip(found.flatten(0, 1).split(rows), y.flatten().split(rows), strict=True)
+    pieces = list(zip(found.flatten(0, 1).split(rows), y.flatten().split(rows), strict=True))
     exact = torch.float32 if x.device.type == "mps" else torch.float64  # a Mac's GPU has no float64
-    return torch.stack([nats(part, t).to(exact).sum() for part, t in pieces]).sum()
+    sums = torch.empty(len(pieces), dtype=exact, device=x.device)  # beforehand, so that nothing lies between two tables
+    for i, (part, t) in enumerate(pieces):
+        sums[i] = nats(part, t).to(exact).sum()
+    return sums.sum()
 
 # %% ../nbs/23_evaluate.ipynb #8d4f8bf7
 def device_under(model: nn.Module) -> torch.device:
@@ -80,7 +83,10 @@ def total_nats(
 ) -> float:
     "Summed loss over all batches, in nats."
     with scoring(model) as device:
-        found = [summed_loss(model, x.to(device), y.to(device)) for x, y in batches]
+        sums = (summed_loss(model, x.to(device), y.to(device)) for x, y in batches)
+        if device.type == "cpu":
+            return sum((s.item() for s in sums), 0.0)
+        found = list(sums)
         return sum(torch.stack(found).tolist()) if found else 0.0  # a device is waited for once, not at each batch
 
 # %% ../nbs/23_evaluate.ipynb #6e889772

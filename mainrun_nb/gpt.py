@@ -173,9 +173,9 @@ class Embedding(nn.Module):
         self.dropout = Dropout(cfg.dropout)
         self.project = nn.Identity() if width == cfg.d_model else nn.Linear(cfg.d_model, width, bias=cfg.bias)
 
-    def forward(self, idx: Tensor, positions: Tensor, cases: Tensor | None = None, vectors: Tensor | None = None) -> Tensor:
-        "`vectors` are those of all tokens, where they are at hand: (V, d_model)."
-        x = self.tokens(idx) if vectors is None else F.embedding(idx, vectors)
+    def forward(self, idx: Tensor, positions: Tensor, cases: Tensor | None = None, parts: tuple | None = None) -> Tensor:
+        "`parts`: those of an adaptive embedding, where at hand."
+        x = self.tokens(idx) if parts is None else self.tokens(idx, parts)
         if self.cases is not None:
             x = x + self.cases(cases)
         if self.positions is not None:
@@ -184,11 +184,10 @@ class Embedding(nn.Module):
 
 # %% ../nbs/15_gpt.ipynb #d6931106
 class Precomputed(NamedTuple):
-    "What depends on the weights alone, computed once for a text. A row is a token, or a piece where letters and case are apart."
+    "What depends on the weights alone, computed once for a text."
 
-    embedding: Tensor  # (V, d_model)
-    head: Tensor  # (V, d_model)
-    of_piece: Tensor | None  # (V, CASE_WIDTH) what the head of the case makes of it
+    parts: tuple[Tensor, Tensor] | None  # of an adaptive embedding
+    of_piece: Tensor | None  # (P, CASE_WIDTH) what the head of the case makes of each piece
 
 
 @dataclass
@@ -290,7 +289,7 @@ class Decoder(nn.Module):
         "Hidden states before the head: (B, T) to (B, T, d_model); with a cache, `idx` continues the text it holds."
         info, head = self.place(idx, cache), self.case_head
         pieces, cases = (idx, None) if head is None else (head.piece[idx], head.case[idx])
-        x = self.embed(pieces, self.embed_positions(idx, info.positions, cache), cases, cache.precomputed.embedding if cache else None)
+        x = self.embed(pieces, self.embed_positions(idx, info.positions, cache), cases, cache.precomputed.parts if cache else None)
         return self.project(self.norm(self.run_blocks(self.shifted(x, idx, cache), info, cache)))
 
 # %% ../nbs/15_gpt.ipynb #cfc66267
@@ -325,15 +324,15 @@ class GPT(Decoder):
 
     def precompute(self) -> Precomputed:
         "What depends on the weights alone."
-        embedding = self.embed.tokens.weight
-        head = embedding if self.head is None else self.head.weight
-        return Precomputed(embedding, head, self.case_head.of_piece(head) if self.case_head else None)
+        tokens, case = self.embed.tokens, self.case_head
+        parts = tokens.parts() if isinstance(tokens, AdaptiveEmbedding) else None
+        return Precomputed(parts, None if case is None else case.of_piece(self.head_weight))
 
     def logits(self, hidden: Tensor, cache: GPTCache | None = None) -> Tensor:
         "Scores over all ids: (..., d_model) to (..., V), with the cache that gave the hidden states."
-        _, weight, of_piece = cache.precomputed if cache else self.precompute()
+        parts, of_piece = cache.precomputed if cache else self.precompute()
         rare, case = self.rare_head, self.case_head
-        scores = F.linear(hidden, weight) if rare is None else rare.log_probs(hidden, weight, self.embed.tokens.cutoff)
+        scores = F.linear(hidden, self.head_weight) if rare is None else rare.log_probs(hidden, self.embed.tokens, parts)
         if case is None or of_piece is None:
             return scores
         added = torch.cat([case.all_ids(h, of_piece) for h in hidden.flatten(0, -2).split(16)])  # by way of (16, P, CASE_WIDTH) numbers

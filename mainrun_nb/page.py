@@ -253,17 +253,22 @@ def check_page(page: Path) -> None:
         raise InputError(f"{page}: is a folder; --out names the page itself, as in {page / 'report.html'}")
     if not page.parent.is_dir():
         raise InputError(f"{page}: there is no folder {page.parent}")
-    if page.suffix not in (".html", ".htm"):
+    if page.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"{page}: the name of a page ends in .html")
-    if page.exists() and b'<meta name="generator" content="mainrun_nb' not in page.read_bytes():
-        raise InputError(f"{page}: is no page of mainrun-report and would be replaced; choose another --out")
+    try:
+        text = page.read_bytes() if page.exists() else b""
+    except OSError as e:
+        raise InputError(f"{page}: cannot be read ({e.strerror})") from None
+    if text and b'<meta name="generator" content="mainrun_nb' not in text:
+        raise InputError(f"{page}: is no page of today's mainrun-report and would be replaced; remove it, or choose another --out")
 
 
 def check_notebook(notebook: Path) -> None:
     "Raise `InputError` where the notebook beside a page would replace one that is not a page's."
     try:
-        known = not notebook.exists() or {"folders", "out"} == set(json.loads(notebook.read_bytes())["metadata"]["papermill"]["parameters"])
-    except (ValueError, KeyError, TypeError):
+        text = notebook.read_bytes() if notebook.exists() else b""
+        known = not text or set(json.loads(text)["metadata"]["papermill"]["parameters"]) in ({"folders"}, {"folders", "out"})
+    except (OSError, ValueError, KeyError, TypeError):
         known = False
     if not known:
         raise InputError(f"{notebook}: would be replaced by the notebook beside the page; choose another --out")

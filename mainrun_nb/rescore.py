@@ -22,7 +22,7 @@ from .config import Config, Hyperparams, InputError, flatten, load_config
 from .data import read_split, titles_digest, token_stream, trained_on
 from .device import device_of
 from .evaluate import challenge_windows, lost_titles, validation_metrics
-from .sources import Account, all_titles
+from .sources import Account, all_titles, hub_set
 from .trainer import references
 
 # %% ../nbs/27a_rescore.ipynb #a92cea0b
@@ -59,7 +59,10 @@ def fits_window(ids: Tensor, hp: Hyperparams) -> bool:
 def count_known(run_dir: str | Path, run: OpenRun, titles: list[str], account: Account) -> None:
     "Enter into the account of other titles how many of them the run was trained on; unknown where its own are not found."
     account.val, account.val_in_train = len(titles), None
-    with suppress(InputError):
+    with suppress(InputError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of where its own titles are now
+        if hub_set(run.cfg.data):  # nothing is fetched for a file of titles
+            return
         seen = set(trained_on(own_titles(run_dir, run, elsewhere(run.cfg))[0], run.cfg))
         account.val_in_train = sum(title in seen for title in titles)
     if (account.val_in_train or 0) > len(titles) / 20:

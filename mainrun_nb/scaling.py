@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from .checkpoint import read_result
 from .config import Hyperparams, InputError, load_config
 from .data import Batches
 from .optim import set_lr, train_step
@@ -348,7 +349,7 @@ def _table_row(found: dict[str, Any]) -> dict[str, Any] | None:
 def _folder_values(result: Path) -> dict[str, Any]:
     "The named values of a finished run, from its result.json and config.yaml."
     try:
-        found = json.loads(result.read_text(encoding="utf-8"))
+        found = read_result(result)
         per_epoch = found["data"]["tokens_per_epoch"]
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{result}: not the result of a run of this project") from None

@@ -274,7 +274,8 @@ OWN = {"config.yaml", "metrics.jsonl", "result.json", "tracking.json", "curves.p
 
 def check_copy(copy: Path, run_dir: Path | None, resume: bool = True) -> None:
     "Raise `InputError` for a second log that cannot be written, is the run's own, or holds anything else than the beginning of its log."
-    if run_dir and copy.resolve().is_relative_to(run_dir.resolve()) and {*copy.resolve().relative_to(run_dir.resolve()).parts[:1]} & OWN:
+    own = [run_dir.resolve() / name for name in OWN] if run_dir else []
+    if any(way.is_relative_to(path) for way in (copy.resolve(), copy.parent.resolve() / copy.name) for path in own):
         raise InputError(f"hyperparams.log_file: {copy} is a file that the run itself writes; name another")
     try:
         new, first = not copy.exists(), first_of(copy)

@@ -29,7 +29,7 @@ from . import moved
 from .case import Pairs
 from .checkpoint import OPENING, PRODUCTS, UNCHECKED, Checkpoint, Identity, atomic_write, changes, check_folder
 from .checkpoint import differences  # noqa: F401  scripts import it from here
-from .checkpoint import check_titles, elsewhere, file_digest, finished, identify, list_checkpoints, load_checkpoint
+from .checkpoint import check_titles, elsewhere, file_digest, finished, identify, list_checkpoints, load_checkpoint, readable_checkpoints
 from .checkpoint import remove_later, require_one_run, rng_state, run_lock, save_checkpoint, sealed, set_rng_state, sweep_scratch
 from .config import Config, Hyperparams, InputError, RunError, config_yaml, first_line, flatten, load_config
 from .data import Batches, fingerprint, joined_chars, read_split, reference_losses, shard_seed, steps_per_epoch, token_stream, trained_on
@@ -483,9 +483,7 @@ def explained(error: BaseException, run_dir: Path, device: torch.device, procs: 
     if "deterministic implementation" in first:
         return RunError(f"{run_dir}: hyperparams.deterministic: {first[:200]}")
     if isinstance(error, OSError) and error.strerror:
-        kept = "there is no checkpoint yet"
-        with suppress(InputError):
-            kept = "the last checkpoint is kept" if list_checkpoints(run_dir) else kept
+        kept = "the last checkpoint is kept" if readable_checkpoints(run_dir) else "there is no checkpoint yet"
         return RunError(f"{error.filename or run_dir}: {error.strerror}; {kept}")
     words = ("gloo", "NCCL", "peer", "onnection", "imed out")
     if procs and procs.count > 1 and isinstance(error, RuntimeError) and any(w in str(error) for w in words):

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 import yaml
 
-from .checkpoint import atomic_write, lock, read_sealed, sealed
+from .checkpoint import atomic_write, lock, read_result, read_sealed, sealed
 from .config import InputError, RunError, shipped
 from .gpu import ask
 from .tracking import as_event
@@ -86,7 +86,7 @@ class Trial:
     def take_result(self, out_dir: Path, metric: str) -> tuple[str, str]:
         "Take over the metrics of the ended run; status and error now. Raises `RunError` for a run that does not know the metric."
         folder = self.folder(out_dir)
-        result = json.loads((folder / "run" / "result.json").read_text())
+        result = read_result(folder / "run" / "result.json")
         self.metrics = {k: v for k, v in result.items() if not isinstance(v, dict)}
         if metric not in result:
             known = ", ".join(k for k, v in result.items() if "/" in k and v is not None)

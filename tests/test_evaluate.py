@@ -1,6 +1,8 @@
 "The honest loss, the challenge's, and the floor, on more shapes than the chapter shows."
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -209,3 +211,23 @@ def test_the_true_model_and_a_lucky_one_pass_the_floor(letters):
     with pytest.raises(InputError, match="floor"):
         check_floor(0.0, [*titles, "Not a title of the grammar"])
     check_floor(math.nan, titles)  # a diverged model is not a leak; the trainer has its own words for it
+
+
+def test_an_evaluation_needs_no_more_memory_the_longer_it_is():
+    """Sums that lie between freed tables of logits would keep the next table from their place, in a heap without small gaps."""
+    code = """
+import resource, torch
+from mainrun_nb.config import tiny
+from mainrun_nb.evaluate import total_nats, windows
+from mainrun_nb.models import build_model
+from mainrun_nb.runtime import freed_memory_kept
+torch.set_num_threads(1)
+model, ids = build_model(tiny("hyperparams.context_length=128"), 16_000), torch.randint(3, 16_000, (60_000,))
+with freed_memory_kept():
+    full = [torch.zeros(1) for _ in range(100_000)]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    total_nats(model, windows(ids, 128, 16))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    assert int(done.stdout) < 6 * 1024 * 16_000 * 4, f"{int(done.stdout) / 2**20:.0f} MiB"  # six tables of 1,024 rows

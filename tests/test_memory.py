@@ -104,12 +104,15 @@ def test_inference(attention):
     assert one["parameters"] == four["parameters"] and four["cache"] == pytest.approx(4 * one["cache"], rel=0.01)
 
 
-def test_what_a_text_computes_once_is_counted():
-    """The vectors of all pieces, where they are not the parameter itself, and 64 numbers each for the head of the case."""
-    cfg = load_config(overrides=[*ONE, "tokenizer.kind=cased", "model_configs.gpt.embedding_cutoff=100"])
-    width = cfg.model_configs.gpt.d_model
-    model, found = build_model(cfg, 3000), inference_memory(cfg, 3000)["precomputed"]
-    assert found == 4 * model.embed.tokens.num_embeddings * (width + CASE_WIDTH)
+@pytest.mark.parametrize("ngrams", [0, 50])
+def test_what_a_text_computes_once_is_counted(ngrams):
+    """64 numbers of each piece for the head of the case; and with n-grams the parts of the embedding, which are parameters without."""
+    more = ["tokenizer.kind=cased", "model_configs.gpt.embedding_cutoff=100", f"model_configs.gpt.embedding_ngrams={ngrams}"]
+    cfg = load_config(overrides=[*ONE, *more])
+    gpt = cfg.model_configs.gpt
+    pieces = build_model(cfg, 3000).embed.tokens.num_embeddings
+    parts = 100 * gpt.d_model + (pieces - 100) * gpt.embedding_rank if ngrams else 0
+    assert inference_memory(cfg, 3000)["precomputed"] == 4 * (pieces * CASE_WIDTH + parts)
 
 
 DEEP = ["model_configs.gpt.n_layer=1000", "model_configs.gpt.d_model=8", "model_configs.gpt.hidden_layer=8", "attn_configs.causal.n_head=2",
