@@ -164,7 +164,7 @@ def readable_checkpoints(run_dir: str | Path) -> list[Path]:
     except InputError:
         return []
 
-
+# %% ../nbs/25_checkpoint.ipynb #a1b9c7d3
 def _val_loss(path: Path) -> float:
     "The validation loss in a checkpoint's manifest; infinite if there is none."
     try:
