@@ -471,7 +471,7 @@ def test_a_page_replaces_nothing_but_a_page(tmp_path):
     for path in mine.values():
         path.write_text('{"mine": 1}')
     for out, why in ((run / "config.yaml", "ends in .html"), (run / "result.json", "ends in .html"), (mine["titles.txt"], "ends in .html"),
-                     (mine["page.html"], "no page of mainrun-report"), (tmp_path / "analysis.html", "notebook beside the page")):
+                     (mine["page.html"], "no page of today's mainrun-report"), (tmp_path / "analysis.html", "notebook beside the page")):
         with pytest.raises(InputError, match=why):
             make_report(run, out)
     assert all(path.read_text() == '{"mine": 1}' for path in mine.values()) and not (tmp_path / "analysis.html").exists()
