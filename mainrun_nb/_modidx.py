@@ -924,6 +924,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'mainrun_nb.search.read_early': ('search.html#read_early', 'mainrun_nb/search.py'),
                                    'mainrun_nb.search.read_search': ('search.html#read_search', 'mainrun_nb/search.py')},
             'mainrun_nb.sources': { 'mainrun_nb.sources.Account': ('sources.html#account', 'mainrun_nb/sources.py'),
+                                    'mainrun_nb.sources.Account.count': ('sources.html#account.count', 'mainrun_nb/sources.py'),
                                     'mainrun_nb.sources.Account.of_validation': ( 'sources.html#account.of_validation',
                                                                                   'mainrun_nb/sources.py'),
                                     'mainrun_nb.sources.Account.record': ('sources.html#account.record', 'mainrun_nb/sources.py'),

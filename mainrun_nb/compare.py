@@ -16,7 +16,7 @@ import re
 import shlex
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -102,11 +102,10 @@ class Run:
         return None
 
 # %% ../nbs/29b_compare.ipynb #9e2589f2
-def read_object(path: Path, faults: list[str]) -> dict[str, Any]:
+def read_object(path: Path, faults: list[str], read: Callable[[Path], dict[str, Any]] = read_sealed) -> dict[str, Any]:
     "A JSON object in a file; empty if there is no file, and where it cannot be read, which is noted."
     try:
-        content = read_result(path) if path.name == "result.json" else read_sealed(path)
-        return {k: v for k, v in content.items() if k != "seal"}
+        return {k: v for k, v in read(path).items() if k != "seal"}
     except FileNotFoundError:
         pass
     except (json.JSONDecodeError, UnicodeDecodeError):
@@ -170,7 +169,7 @@ def mixed(folder: Path, run: Run) -> list[str]:
 def read_run(folder: Path) -> Run:
     "A run from its folder."
     faults: list[str] = []
-    events, result = read_log(folder / "metrics.jsonl", faults), read_object(folder / "result.json", faults)
+    events, result = read_log(folder / "metrics.jsonl", faults), read_object(folder / "result.json", faults, read_result)
     run = Run(folder.name, folder, "finished" if result else "unfinished", {}, result, events, faults=faults)
     given = {k: v for k, v in run.last("hyperparameters_configured").items() if "." in k}
     run.settings = {**defaults(), **(given or read_settings(folder / "config.yaml", faults))}

@@ -49,8 +49,7 @@ def read_split(cfg: Config) -> tuple[list[str], list[str], Account]:  # training
     "The titles of a configuration, drawn and cut in two. Raises `InputError` for a source or a split that cannot be."
     titles, account = draw_titles(cfg)
     train, val = split_titles(titles, cfg)
-    seen = set(trained_on(train, cfg))
-    account.val, account.val_in_train = len(val), sum(title in seen for title in val)
+    account.count(val, trained_on(train, cfg))
     return train, val, account
 
 # %% ../nbs/03_data.ipynb #577e87cf

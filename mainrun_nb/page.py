@@ -256,10 +256,13 @@ def check_page(page: Path) -> None:
     if page.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"{page}: the name of a page ends in .html")
     try:
-        text = page.read_bytes() if page.exists() else b""
+        with page.open("rb") as file:
+            head = file.read(2**14)
+    except FileNotFoundError:
+        head = b""
     except OSError as e:
         raise InputError(f"{page}: cannot be read ({e.strerror})") from None
-    if text and b'<meta name="generator" content="mainrun_nb' not in text:
+    if head and b'<meta name="generator" content="mainrun_nb' not in head:
         raise InputError(f"{page}: is no page of today's mainrun-report and would be replaced; remove it, or choose another --out")
 
 

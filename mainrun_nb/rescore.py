@@ -63,8 +63,7 @@ def count_known(run_dir: str | Path, run: OpenRun, titles: list[str], account: A
         warnings.simplefilter("ignore")  # of where its own titles are now
         if hub_set(run.cfg.data):  # nothing is fetched for a file of titles
             return
-        seen = set(trained_on(own_titles(run_dir, run, elsewhere(run.cfg))[0], run.cfg))
-        account.val_in_train = sum(title in seen for title in titles)
+        account.count(titles, trained_on(own_titles(run_dir, run, elsewhere(run.cfg))[0], run.cfg))
     if (account.val_in_train or 0) > len(titles) / 20:
         warnings.warn(f"{account.val_in_train:,} of {len(titles):,} titles are among those that the run was trained on", stacklevel=3)
 
@@ -82,8 +81,10 @@ def evaluate_run(
     run = open_run(run_dir, which)
     cfg = data_settings(run, overrides if titles is None else [*overrides, f"data.source={json.dumps(titles)}"])
     model = run.model.to(device_of(cfg.hyperparams))
-    train, val, account = own_titles(run_dir, run, elsewhere(cfg)) if titles is None else ([], *all_titles(cfg.data))
-    if titles is not None:
+    if titles is None:
+        train, val, account = own_titles(run_dir, run, elsewhere(cfg))
+    else:
+        train, (val, account) = [], all_titles(cfg.data)
         count_known(run_dir, run, val, account)
     ids = token_stream(val, run.tokenizer)
     lost = lost_titles(ids, val, run.tokenizer)

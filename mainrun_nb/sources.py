@@ -86,6 +86,11 @@ class Account:
     val_in_train: int | None = 0  # of them, those that also stand in training, letter for letter; None: not known
     val_outside: int | None = None  # of them, those with characters that the tokenizer cannot give back; None: not counted yet
 
+    def count(self, val: list[str], trained: list[str]) -> None:
+        "Enter the validation titles, and how many of them were trained on."
+        seen = set(trained)
+        self.val, self.val_in_train = len(val), sum(title in seen for title in val)
+
     def record(self, outside: int) -> dict[str, Any]:  # validation titles that the tokenizer does not give back
         "The account for the log and the result of a run."
         self.val_outside = outside

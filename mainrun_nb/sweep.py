@@ -385,7 +385,7 @@ def prepared(search: str | Path, base: str | Path, overrides: list[str] | tuple[
     varied = {d.key for d in found.dimensions}
     for given in (text for text in overrides if text.partition("=")[0] in varied):
         warnings.warn(f"{given}: has no effect, the search varies it", stacklevel=3)
-    if not any(d.key == "hyperparams.num_titles" or d.key.startswith("data.") for d in found.dimensions):
+    if not any(key == "hyperparams.num_titles" or key.startswith("data.") for key in varied):
         load_titles(cfg)
     if not fast:
         template("trial.ipynb")

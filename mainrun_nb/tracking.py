@@ -269,12 +269,9 @@ def first_of(path: Path) -> bytes:
         return file.readline()
 
 
-OWN = {"config.yaml", "metrics.jsonl", "result.json", "tracking.json", "curves.png", "samples.txt", "tokenizer", "checkpoints"}
-
-
 def check_copy(copy: Path, run_dir: Path | None, resume: bool = True) -> None:
     "Raise `InputError` for a second log that cannot be written, is the run's own, or holds anything else than the beginning of its log."
-    own = [run_dir.resolve() / name for name in OWN] if run_dir else []
+    own = [run_dir.resolve() / name for name in (*Tracker.artifacts, "tracking.json", "tokenizer", "checkpoints")] if run_dir else []
     if any(way.is_relative_to(path) for way in (copy.resolve(), copy.parent.resolve() / copy.name) for path in own):
         raise InputError(f"hyperparams.log_file: {copy} is a file that the run itself writes; name another")
     try:

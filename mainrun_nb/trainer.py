@@ -400,8 +400,7 @@ class Run:
         result = as_json(self.result())
         self.tracker.log("run_finished", step=self.state.step, **{k: v for k, v in result.items() if not isinstance(v, dict)})
         add(self.run_dir / "curves.png", lambda: save_curves(self.run_dir))
-        made = [name for name in PRODUCTS if (self.run_dir / name).exists()]
-        result = sealed({**result, "files": {name: file_digest(self.run_dir / name) for name in made}})
+        result = sealed({**result, "files": {name: file_digest(path) for name in PRODUCTS if (path := self.run_dir / name).exists()}})
         atomic_write(self.run_dir / "result.json", json.dumps(result, indent=1))
         return result
 
