@@ -60,7 +60,7 @@ $(CUDA_VENV)/.done: settings.ini setup.py constraints.txt
 	$(PYTHON) -m venv $(CUDA_VENV) || { rm -rf $(CUDA_VENV); exit 1; }
 	@echo "Installing the CUDA build of PyTorch into $(CUDA_VENV) (half a GB to fetch, minutes) ..."
 	@PIP_FIND_LINKS= PIP_CONFIG_FILE=/dev/null $(CUDA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
-	  -c constraints.txt -e . pytest
+	  -c constraints.txt -e . pytest pytest-timeout
 	@touch $@
 
 test-cuda: $(CUDA_VENV)/.done  ## trainings on a pretended GPU, tests/cuda/README.md (ARGS=--all: the whole grid)

@@ -48,18 +48,18 @@ class Documents:
         value = companies[rng.choice(len(companies), (n, m), p=list(self.companies.values()))]
         order = rng.permuted(np.tile(np.arange(m), (n, 1)), axis=1)
         titles = np.array(self.grammar.sample(n * self.between, seed), dtype=object).reshape(n, self.between)
-        first, last = key + " joins " + value, np.take_along_axis(key + " leaves " + value, order, 1)
-        return [" / ".join(lines) for lines in np.concatenate([first, titles, last], axis=1)]
+        said = key + " " + value
+        return [" / ".join(lines) for lines in np.concatenate([said, titles, np.take_along_axis(said, order, 1)], axis=1)]
 
-    def _facts(self, lines: list[str], verb: str) -> dict[str, str]:
+    def _facts(self, lines: list[str]) -> dict[str, str]:
         "What lines of facts say; a line that is none, or a name said twice, leaves fewer than there are lines."
         words = [line.split(" ") for line in lines]
-        return {w[0]: w[2] for w in words if len(w) == 3 and w[1] == verb and w[0] in self.names and w[2] in self.companies}
+        return {w[0]: w[1] for w in words if len(w) == 2 and w[0] in self.names and w[1] in self.companies}
 
     def log_prob(self, document: str) -> float:
         "Natural log-probability of `document`, its end included; -inf if it cannot be drawn."
         lines, m = document.split(" / "), self.facts
-        first, last = self._facts(lines[:m], "joins"), self._facts(lines[-m:], "leaves")
+        first, last = self._facts(lines[:m]), self._facts(lines[-m:])
         if len(lines) != 2 * m + self.between or len(first) < m or first != last:
             return -math.inf
         total, left = -math.lgamma(m + 1), 1.0

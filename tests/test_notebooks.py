@@ -3,6 +3,7 @@
 A cell that needs an optional package begins with the package's name as a directive (`#| ray`), and is left out where that is missing.
 """
 import contextlib
+import faulthandler
 import io
 import multiprocessing
 import os
@@ -32,6 +33,7 @@ def run_notebook(path: str, skip: list[str]) -> tuple[bool, str]:
     if "slow" in skip:  # a cell that needs real titles and is not marked slow has none
         os.environ.pop("HN_TITLES", None)
     sys.modules.update(dict.fromkeys(set(skip) & set(OPTIONAL)))  # as if they were not installed
+    faulthandler.dump_traceback_later(900, exit=True, file=sys.__stderr__)  # a cell that waits for ever; the pool would wait with it
     said = sys.__stderr__ = io.StringIO()  # the traceback of a failing cell goes to sys.__stderr__
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         try:
@@ -44,7 +46,7 @@ def run_notebook(path: str, skip: list[str]) -> tuple[bool, str]:
 
 def check(path: Path, skip: list[str]) -> None:
     with ProcessPoolExecutor(1, mp_context=PROCESSES) as pool:
-        passed, said = pool.submit(run_notebook, str(path), skip).result(timeout=1200)
+        passed, said = pool.submit(run_notebook, str(path), skip).result()
     assert passed, said
 
 

@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import pickle
+import select
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from unittest.mock import MagicMock
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
+WARM_UP = 300  # seconds, before the first job and for what is around each
 CODE = Path(os.environ.get("MAINRUN_FAULTS_CODE", ROOT))  # the checkout that is tried; another one than this on request
 
 
@@ -108,6 +110,8 @@ class Worker:
         assert self.process.stdin and self.process.stdout
         self.process.stdin.write(json.dumps(asdict(job)) + "\n")
         self.process.stdin.flush()
+        if not select.select([self.process.stdout], [], [], job.limit + WARM_UP)[0]:
+            self.process.kill()
         line = self.process.stdout.readline()
         if not line:
             raise RuntimeError(f"the worker has ended with exit code {self.process.wait()}")
@@ -151,9 +155,11 @@ def warm_up() -> None:
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = Path(folder) / "tokenizer"
         if not os.fork():  # the library that trains it starts threads, which no fork would have
+            signal.alarm(120)
             trainer.prepare_data(load_config(overrides=SMALLEST)).tokenizer.save(tokenizer)
             os._exit(0)
-        os.wait()
+        if os.wait()[1]:
+            raise RuntimeError("the tokenizer could not be trained within two minutes")
         honest, trainer.train_tokenizer = trainer.train_tokenizer, lambda *args: trainer.load_tokenizer(tokenizer)
         trainer.train(load_config(overrides=SMALLEST), Path(folder) / "run", progress=False)
         trainer.train_tokenizer = honest
