@@ -330,8 +330,7 @@ def test_two_sweeps_do_not_share_a_folder(tmp_path, base, pretend):
     with ThreadPoolExecutor(1) as pool:
         Pretend.pause = 0.3
         first = pool.submit(pretend, search, base, tmp_path / "out", trials=2)
-        while not (tmp_path / "out" / "trial-0000").exists():
-            time.sleep(0.02)
+        wait_for(lambda: (tmp_path / "out" / "trial-0000").exists() or first.done())
         with pytest.raises(InputError, match="another process"):
             pretend(search, base, tmp_path / "out", trials=2, resume=True)
         with pytest.raises(InputError, match="already holds a sweep"):
@@ -632,23 +631,23 @@ def test_ray_on_two_nodes_one_of_which_dies(tmp_path, base):
     text, out = "method: grid\nparameters: {hyperparams.lr: {values: [1.0e-2, 2.0e-2]}}", tmp_path / "out"
     os.environ["PYTHONPATH"] = str(ROOT)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    doomed = cluster.add_node(num_cpus=1)
+    doomed, pool = cluster.add_node(num_cpus=1), ThreadPoolExecutor(1)
     try:
-        with ThreadPoolExecutor(1) as pool:
-            future = pool.submit(run_sweep, search_of(tmp_path, text), base, out, jobs=2, engine="ray", fast=True,
-                                 address=cluster.address, progress=False)
-            wait_for(lambda: all(len(list(out.glob(f"trial-000{i}/run/checkpoints/*/*"))) > 4 for i in (0, 1)))
-            cluster.remove_node(doomed, allow_graceful=False)
-            board = future.result(timeout=200)
+        future = pool.submit(run_sweep, search_of(tmp_path, text), base, out, jobs=2, engine="ray", fast=True,
+                             address=cluster.address, progress=False)
+        wait_for(lambda: all(len(list(out.glob(f"trial-000{i}/run/checkpoints/*/*"))) > 4 for i in (0, 1)))
+        cluster.remove_node(doomed, allow_graceful=False)
+        board = future.result(timeout=400)
         assert board.counts == {"complete": 2}
         resumed = [any(e["event"] == "run_resumed" for e in events(t.folder(out))) for t in board.trials]
         assert sorted(resumed) == [False, True]
         for t in board.trials:
             straight = train(load_config(base, [f"hyperparams.lr={t.params['hyperparams.lr']}"]), tmp_path / f"s{t.number}", progress=False)
             assert t.value == straight.loss
-    finally:
+    finally:  # Ray first: a sweep that still waits for its node would keep the pool for ever
         ray.shutdown()
         cluster.shutdown()
+        pool.shutdown()
 
 
 # --- the shipped searches ---
