@@ -374,6 +374,8 @@ def runs_table(
 ) -> list[dict[str, Any]]:  # a row per run: name, n, d, c, loss, lr, width, epochs, tokens_per_epoch, seed
     "Parameters, tokens, operations 6ND and loss of finished runs. Raises `InputError` where there are none or a column is missing."
     where = source if isinstance(source, str | Path) else "table of runs"
+    if where is not source and not hasattr(source, "__iter__"):
+        raise InputError(f"{where}: needs a path, a table of pandas or rows, found {source!r}")
     values = _read_runs(Path(source)) if where is source else source.to_dict("records") if hasattr(source, "to_dict") else list(source)
     rows: list[dict[str, Any]] = []
     lacks: InputError | None = None

@@ -154,6 +154,12 @@ def test_every_fit_takes_the_runs_in_place_of_numbers(tmp_path):
     assert [r["loss"] for r in best] == sorted((r["loss"] for r in best), reverse=True)
 
 
+@pytest.mark.parametrize("source", [5, None, 2.5])
+def test_what_is_no_table_is_refused(source):
+    with pytest.raises(InputError, match="needs a path, a table of pandas or rows, found"):
+        runs_table(source)
+
+
 def test_a_ledger_with_unknown_columns_is_refused(tmp_path):
     path = tmp_path / "results.csv"
     path.write_text("val/loss,n\n1.5,100\n")
