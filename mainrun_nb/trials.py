@@ -154,7 +154,7 @@ def evaluations(folder: Path, metric: str) -> list[float]:
     return EvaluationLog(folder, metric).read()
 
 # %% ../nbs/29a_trials.ipynb #8c84a0b3
-WITHOUT_EFFECT: dict[str, tuple[str, tuple[Any, ...]]] = {  # setting -> the setting that decides, and the values with which it is never read
+UNREAD: dict[str, tuple[str, tuple[Any, ...]]] = {  # setting -> the setting that decides, and the values with which it is never read
     "hyperparams.momentum": ("hyperparams.optimizer", ("adam", "adamw", "adagrad", "adafactor", "muon")),
     "hyperparams.betas": ("hyperparams.optimizer", ("sgd", "adagrad", "rmsprop", "adafactor")),
     **{f"hyperparams.{name}": ("hyperparams.optimizer", ("sgd", "adam", "adamw", "adagrad", "rmsprop", "adafactor"))
@@ -187,7 +187,7 @@ def is_read(
         return False
     if group == "attn_configs" and rest.split(".")[0] != plain(settings.get(f"model_configs.{architecture}.attention_layer")):
         return False
-    decides, values = WITHOUT_EFFECT.get(key, ("", ()))
+    decides, values = UNREAD.get(key, ("", ()))
     return not decides or plain(settings.get(decides)) not in map(plain, values)
 
 

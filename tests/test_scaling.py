@@ -15,7 +15,7 @@ from mainrun_nb.config import InputError, tiny
 from mainrun_nb.data import read_split
 from mainrun_nb.evaluate import attention_distance
 from mainrun_nb.models import build_model
-from mainrun_nb.repetition import RepetitionLaw, effective_tokens, fit_repetition
+from mainrun_nb.repetition import RepetitionLaw, effective_tokens, fit_repetition, until_best
 from mainrun_nb.rescore import evaluate_run
 from mainrun_nb.scaling import (
     ScalingLaw,
@@ -283,6 +283,26 @@ def test_the_repetition_study_is_whole_affordable_and_shared_between_processes(r
     assert made == [runs[1]["overrides"]] and repetition.done() == {names[1]}
     repetition.make(runs[0], None)
     assert [row["loss"] for row in csv.DictReader(repetition.ROWS.open())] == ["1.23457"] * 2 and repetition.done() == set(names[:2])
+
+
+def test_the_committed_runs_of_the_repetition_study_are_those_that_it_names(benchmark, root):
+    runs = {run["name"]: run for run in benchmark("repetition").study()}
+    with (root / "benchmarks" / "results" / "repetition.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert sorted(row["name"] for row in rows) == sorted(runs)
+    for row in rows:
+        run = runs[row["name"]]
+        assert row["command"] == run["command"] and not row["commit"].endswith("+")
+        assert run["passes"] * 0.95 < float(row["d"]) / float(row["tokens_per_epoch"]) <= run["passes"]
+
+
+def test_what_lies_before_the_turn_is_kept_whatever_the_order():
+    row = {"n": 1e5, "tokens_per_epoch": 1e4}
+    rows = [{**row, "name": str(k), "d": k * 1e4, "loss": loss} for k, loss in ((1, 2.0), (2, 1.5), (4, 1.6), (7, 1.9))]
+    rows += [{"name": "other", "n": 1e5, "tokens_per_epoch": 2e4, "d": 14e4, "loss": 3.0}]
+    for given in (rows, rows[::-1]):
+        assert {r["name"] for r in until_best(given)} == {"1", "2", "other"}
+    assert len(until_best(rows[:1])) == 1
 
 
 def test_what_is_not_trained_on_counts_nowhere(tmp_path):

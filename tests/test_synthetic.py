@@ -103,3 +103,28 @@ def test_documents_as_often_as_their_probability_with_equal_companies_too():
     seen = Counter(form.sample(20_000, seed=0))
     assert len(seen) == 4
     assert all(abs(n / 20_000 - math.exp(form.log_prob(d))) < 0.015 for d, n in seen.items())
+
+
+def test_references_are_found_by_whoever_knows_the_next_token(benchmark):
+    """Of benchmarks/far.py: what it calls found, and the spans that it looks at."""
+    far = benchmark("far")
+    form = Documents(4, 3, far.BETWEEN)
+    tokenizer = far.train_tokenizer(form.sample(200, seed=3), (), "bpe", 700)
+    exam, documents = far.Exam(form, 5, tokenizer), form.sample(5, seed=2)
+    for (_, y, spans), document in zip(exam.rows, documents, strict=True):
+        said = sorted(tokenizer.decode(y[a:b].tolist()).strip() for a, b in spans)
+        assert said == sorted(line.split(" ")[1] for line in document.split(" / ")[-4:])
+
+    class Knows(far.torch.nn.Module):
+        def __init__(self, how_well):
+            super().__init__()
+            self.how_well, self.k = how_well, -1
+
+        def forward(self, x):
+            self.k += 1
+            y = exam.rows[self.k][1]
+            return (self.how_well * far.torch.nn.functional.one_hot(y.clamp(min=0), tokenizer.vocab_size).float()[None],)
+
+    everything, nothing = exam.mark(Knows(50.0)), exam.mark(Knows(0.0))
+    assert everything["found"] == 1 and abs(everything["above_floor"] + exam.floor) < 0.1
+    assert nothing["found"] == 0 and nothing["above_floor"] > exam.floor
