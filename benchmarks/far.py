@@ -100,7 +100,8 @@ class Exam:
         for document in documents:
             ids = token_stream([document], tokenizer)
             spans = [(len(tokenizer.encode(document[: a - 1])), len(tokenizer.encode(document[:b]))) for a, b in form.references(document)]
-            assert all(ids[:b].tolist() == tokenizer.encode(document)[:b] for _, b in spans)
+            for (first, end), (a, b) in zip(spans, form.references(document), strict=True):
+                assert tokenizer.decode(ids[first:end].tolist()).strip() == document[a:b]
             self.rows.append((*padded(ids, -(-len(ids) // 64) * 64), spans))
 
     @torch.no_grad()

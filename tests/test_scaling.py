@@ -299,9 +299,9 @@ def test_the_committed_runs_of_the_repetition_study_are_those_that_it_names(benc
 def test_what_lies_before_the_turn_is_kept_whatever_the_order():
     row = {"n": 1e5, "tokens_per_epoch": 1e4}
     rows = [{**row, "name": str(k), "d": k * 1e4, "loss": loss} for k, loss in ((1, 2.0), (2, 1.5), (4, 1.6), (7, 1.9))]
-    rows += [{"name": "other", "n": 1e5, "tokens_per_epoch": 2e4, "d": 14e4, "loss": 3.0}]
+    rows += [{"name": "other", "n": 1e5, "tokens_per_epoch": 2e4, "d": 14e4, "loss": 3.0}, {**rows[3], "name": "larger", "n": 2e5}]
     for given in (rows, rows[::-1]):
-        assert {r["name"] for r in until_best(given)} == {"1", "2", "other"}
+        assert {r["name"] for r in until_best(given)} == {"1", "2", "other", "larger"}
     assert len(until_best(rows[:1])) == 1
 
 

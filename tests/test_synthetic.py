@@ -7,6 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
 from mainrun_nb.documents import Documents
 from mainrun_nb.synthetic import Grammar, clashes, default_grammar, entropy, floor_nats, sample_titles, title_log_prob
@@ -115,15 +116,14 @@ def test_references_are_found_by_whoever_knows_the_next_token(benchmark):
         said = sorted(tokenizer.decode(y[a:b].tolist()).strip() for a, b in spans)
         assert said == sorted(line.split(" ")[1] for line in document.split(" / ")[-4:])
 
-    class Knows(far.torch.nn.Module):
+    class Knows(torch.nn.Module):
         def __init__(self, how_well):
             super().__init__()
-            self.how_well, self.k = how_well, -1
+            self.how_well = how_well
 
         def forward(self, x):
-            self.k += 1
-            y = exam.rows[self.k][1]
-            return (self.how_well * far.torch.nn.functional.one_hot(y.clamp(min=0), tokenizer.vocab_size).float()[None],)
+            y, = [y for seen, y, _ in exam.rows if torch.equal(seen[None], x)]
+            return (self.how_well * torch.nn.functional.one_hot(y.clamp(min=0), tokenizer.vocab_size).float()[None],)
 
     everything, nothing = exam.mark(Knows(50.0)), exam.mark(Knows(0.0))
     assert everything["found"] == 1 and abs(everything["above_floor"] + exam.floor) < 0.1
