@@ -16,8 +16,7 @@ layers hand on what theirs saw.
 Why so: in ten minutes of long documents alone, with the titles of chapter 01 between, dense attention found none of its references, nor
 where such documents followed on short ones; and a stage of a minute was too short for the first references to be found.
 
-Every run is a process of its own; its memory is the peak of its first steps above what was there before its model. Runs that have their
-rows are not made again.
+Every run is a process of its own. Runs that have their rows are not made again. (What attentions need in memory: benchmarks/attention.py.)
 """
 
 import argparse
@@ -37,7 +36,7 @@ from mainrun_nb.config import Config, load_config
 from mainrun_nb.data import EOS, IGNORED, drawn_order, token_stream
 from mainrun_nb.documents import Documents
 from mainrun_nb.models import count_parameters
-from mainrun_nb.runtime import freed_memory_kept, peak_memory
+from mainrun_nb.runtime import freed_memory_kept
 from mainrun_nb.synthetic import Grammar
 from mainrun_nb.tokenizer import Tokenizer, train_tokenizer
 from mainrun_nb.trainer import make_state, take_step
@@ -141,15 +140,14 @@ def run(kind: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     tokenizer = train_tokenizer(forms[-1].sample(200, seed=3), (), "bpe", VOCABULARY)
     stages = [Rows(form.sample(args.documents * STAGES[-1][0] // form.facts, seed=1), tokenizer, args.seed) for form in forms]
     exams = [Exam(form, args.exam, tokenizer) for form in forms]
-    base = peak_memory(CPU)
     steps = [steps_for(60 * args.minutes * share, cfg, tokenizer.vocab_size, stage)
              for stage, (_, _, share) in zip(stages, STAGES, strict=True)]
-    memory, state, seconds, rows = peak_memory(CPU) - base, make_state(cfg, tokenizer.vocab_size, CPU), 0.0, []
+    state, seconds, rows = make_state(cfg, tokenizer.vocab_size, CPU), 0.0, []
     for form, stage, exam, n in zip(forms, stages, exams, steps, strict=True):
         seconds += timed(state, stage, cfg.hyperparams, n, sum(steps))
         rows.append({"attention": kind, "minutes": args.minutes, "width": args.width, "layers": args.layers, "documents": args.documents,
                      "seed": args.seed, "facts": form.facts, "trained_minutes": round(seconds / 60, 2), "steps": state.step,
-                     **exam.mark(state.model), "floor": round(exam.floor, 2), "tokens": stage.length, "memory_bytes": memory,
+                     **exam.mark(state.model), "floor": round(exam.floor, 2), "tokens": stage.length,
                      "parameters": count_parameters(state.model, embeddings=False), "torch": torch.__version__,
                      "command": shlex.join(["python", "benchmarks/far.py", "--only", kind, *options(args)])})
         print({k: rows[-1][k] for k in ("attention", "facts", "trained_minutes", "steps", "above_floor", "found")}, flush=True)
