@@ -1,6 +1,7 @@
 """Where sparse attention pays, and where it does not: texts whose last lines need the first, a thousand tokens before (chapter 01b).
 
     python benchmarks/far.py                        each attention for 7.5 CPU minutes of training -> benchmarks/results/far.csv
+    python benchmarks/far.py --only sparsek --seed 1
     python benchmarks/far.py --minutes 30 --only dense local
     python benchmarks/far.py --width 16 --minutes 0.05 --documents 40 --csv /tmp/far.csv      only to see that it works
 
