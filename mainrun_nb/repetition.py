@@ -140,7 +140,8 @@ def fit_repetition(
 # %% ../nbs/33b_repetition.ipynb #0f484125
 def until_best(runs: Any) -> list[dict[str, Any]]:  # rows as `runs_table` gives them
     "The runs that read their tokens no more often than the best run of the same size on the same tokens: what lies before overfitting."
-    rows, best = runs_table(runs), {}
+    rows = runs_table(runs)
+    best: dict[tuple[float, float], dict[str, Any]] = {}
     for row in rows:
         key = row["n"], row["tokens_per_epoch"]
         best[key] = min(best.get(key, row), row, key=lambda r: r["loss"])
