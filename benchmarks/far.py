@@ -17,15 +17,12 @@ layers hand on what theirs saw.
 Why so: in ten minutes of long documents alone, with the titles of chapter 01 between, dense attention found none of its references, nor
 where such documents followed on short ones; and a stage of a minute was too short for the first references to be found.
 
-Every run is a process of its own. Runs that have their rows are not made again. (What attentions need in memory: benchmarks/attention.py.)
+Runs that have their rows are not made again. (What attentions need in memory: benchmarks/attention.py.)
 """
 
 import argparse
 import math
-import os
 import shlex
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -68,6 +65,11 @@ def configured(kind: str, width: int, layers: int, seed: int) -> Config:
     return load_config(overrides=[*BASE, *KINDS[kind], *shape, f"hyperparams.seed={seed}"])
 
 
+def row_length(tokens: int) -> int:
+    "Of the shortest row that holds so many tokens, a multiple of 64."
+    return -(-tokens // 64) * 64
+
+
 def padded(ids: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:  # (length,) each
     "A document as input and targets."
     x, y = torch.full((length,), EOS), torch.full((length,), IGNORED)
@@ -80,7 +82,7 @@ class Rows:
 
     def __init__(self, texts: list[str], tokenizer: Tokenizer, seed: int) -> None:
         self.ids, self.seed = [token_stream([text], tokenizer).to(torch.int32) for text in texts], seed
-        self.length = -(-max(map(len, self.ids)) // 64) * 64
+        self.length = row_length(max(map(len, self.ids)))
         if self.length > LENGTH:
             raise SystemExit(f"far.py: a document has {self.length} tokens, {LENGTH} at most can be")
         self.rows = max(1, STEP // self.length)
@@ -99,10 +101,12 @@ class Exam:
         self.floor, self.rows = -sum(map(form.log_prob, documents)) / n, []
         for document in documents:
             ids = token_stream([document], tokenizer)
-            spans = [(len(tokenizer.encode(document[: a - 1])), len(tokenizer.encode(document[:b]))) for a, b in form.references(document)]
-            for (first, end), (a, b) in zip(spans, form.references(document), strict=True):
+            spans = []
+            for a, b in form.references(document):
+                first, end = len(tokenizer.encode(document[: a - 1])), len(tokenizer.encode(document[:b]))
                 assert tokenizer.decode(ids[first:end].tolist()).strip() == document[a:b]
-            self.rows.append((*padded(ids, -(-len(ids) // 64) * 64), spans))
+                spans.append((first, end))
+            self.rows.append((*padded(ids, row_length(len(ids))), spans))
 
     @torch.no_grad()
     def mark(self, model: torch.nn.Module) -> dict[str, float]:
@@ -143,6 +147,8 @@ def run(kind: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     exams = [Exam(form, args.exam, tokenizer) for form in forms]
     steps = [steps_for(60 * args.minutes * share, cfg, tokenizer.vocab_size, stage)
              for stage, (_, _, share) in zip(stages, STAGES, strict=True)]
+    given = [part for name in ("minutes", *WHOLE) for part in (f"--{name}", str(getattr(args, name)))]
+    command = shlex.join(["python", "benchmarks/far.py", "--only", kind, *given])
     state, seconds, rows = make_state(cfg, tokenizer.vocab_size, CPU), 0.0, []
     for form, stage, exam, n in zip(forms, stages, exams, steps, strict=True):
         seconds += timed(state, stage, cfg.hyperparams, n, sum(steps))
@@ -150,14 +156,9 @@ def run(kind: str, args: argparse.Namespace) -> list[dict[str, Any]]:
                      "seed": args.seed, "facts": form.facts, "trained_minutes": round(seconds / 60, 2), "steps": state.step,
                      **exam.mark(state.model), "floor": round(exam.floor, 2), "tokens": stage.length,
                      "parameters": count_parameters(state.model, embeddings=False), "torch": torch.__version__,
-                     "command": shlex.join(["python", "benchmarks/far.py", "--only", kind, *options(args)])})
+                     "command": command})
         print({k: rows[-1][k] for k in ("attention", "facts", "trained_minutes", "steps", "above_floor", "found")}, flush=True)
     return rows
-
-
-def options(args: argparse.Namespace) -> list[str]:
-    "What else a run's command says."
-    return [part for name in ("minutes", *WHOLE) for part in (f"--{name}", str(getattr(args, name)))]
 
 
 def done(path: Path) -> set[tuple[str, ...]]:
@@ -175,11 +176,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     for kind in args.only:
-        if tuple(str(v) for v in (kind, args.minutes, args.width, args.layers, args.documents, args.seed)) in done(args.csv):
-            continue
-        if len(args.only) > 1:  # a process of its own, for its memory
-            command = [sys.executable, __file__, "--only", kind, "--csv", args.csv, *options(args)]
-            subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        if (kind, *(str(getattr(args, name)) for name in KEY[1:])) in done(args.csv):
             continue
         with freed_memory_kept():
             rows = run(kind, args)

@@ -158,8 +158,8 @@ def warm_up() -> None:
             signal.alarm(120)
             trainer.prepare_data(load_config(overrides=SMALLEST)).tokenizer.save(tokenizer)
             os._exit(0)
-        if os.wait()[1]:
-            raise RuntimeError("the tokenizer could not be trained within two minutes")
+        if status := os.wait()[1]:
+            raise RuntimeError(f"the tokenizer's training ended with {os.waitstatus_to_exitcode(status)} (-14: after two minutes)")
         honest, trainer.train_tokenizer = trainer.train_tokenizer, lambda *args: trainer.load_tokenizer(tokenizer)
         trainer.train(load_config(overrides=SMALLEST), Path(folder) / "run", progress=False)
         trainer.train_tokenizer = honest
