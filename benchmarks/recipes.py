@@ -162,9 +162,10 @@ def alone() -> Study:
 
 
 def scaled() -> Study:
-    "The two recipes of the full track at 10 million parameters, for as many passes as two CPU cores allow: one."
+    "The two recipes of the full track at 10 million parameters, for one pass and for three, the schedule fitted to each."
     width = ["model_configs.gpt.d_model=208", "model_configs.gpt.hidden_layer=208"]
-    return {name: (f"sweeps/sota/{name}.yaml", ["hyperparams.epochs=1", *width]) for name in ("full", "public_best")}
+    passes = {"": ["hyperparams.epochs=1"], "-three": ["hyperparams.epochs=3", "hyperparams.evals_per_epoch=1"]}
+    return {name + suffix: (f"sweeps/sota/{name}.yaml", [*budget, *width]) for name in ("full", "public_best") for suffix, budget in passes.items()}
 
 
 STUDIES = {"full": full, "alone": alone, "scaled": scaled, "attention": attention, "control": control, "screen": screen, "screen2": screen2,
