@@ -165,7 +165,8 @@ def scaled() -> Study:
     "The two recipes of the full track at 10 million parameters, for one pass and for three, the schedule fitted to each."
     width = ["model_configs.gpt.d_model=208", "model_configs.gpt.hidden_layer=208"]
     passes = {"": ["hyperparams.epochs=1"], "-three": ["hyperparams.epochs=3", "hyperparams.evals_per_epoch=1"]}
-    return {name + suffix: (f"sweeps/sota/{name}.yaml", [*budget, *width]) for name in ("full", "public_best") for suffix, budget in passes.items()}
+    names = ("full", "public_best")
+    return {name + suffix: (f"sweeps/sota/{name}.yaml", [*budget, *width]) for name in names for suffix, budget in passes.items()}
 
 
 STUDIES = {"full": full, "alone": alone, "scaled": scaled, "attention": attention, "control": control, "screen": screen, "screen2": screen2,
