@@ -97,7 +97,7 @@ def keep_mask(
 
 
 def _struck(x: Tensor, p: float) -> Tensor:
-    "0 with probability `p`, otherwise x. As a byte of 0 or 1 the mask multiplies two to five times as fast as PyTorch selects by a bool."
+    "0 with probability `p`, otherwise x. As a byte of 0 or 1 the mask multiplies faster than PyTorch selects by a bool."
     return x * keep_mask(tuple(x.shape), p, x.device).view(torch.int8)
 
 

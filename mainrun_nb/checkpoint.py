@@ -391,8 +391,8 @@ class Belongings:
 
 def edited(settings: dict[str, Any], log: dict[str, Any]) -> str:
     "The settings of a config.yaml that are not those in the log's first line, in words."
-    now = decisive(settings)
-    differ = [f"{k} ({log[k]!r} at its start, {v!r} now)" for k, v in now.items() if k in log and k not in PLACE and log[k] != v]
+    now, was = decisive(settings), decisive(log)
+    differ = [f"{k} ({log[k]!r} at its start, {settings[k]!r} now)" for k, v in now.items() if k in log and k not in PLACE and was[k] != v]
     return f": {', '.join(differ[:3])}" if differ else ""
 
 

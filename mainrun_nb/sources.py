@@ -262,7 +262,7 @@ def load_hub(hub: HubSet, split: str) -> Any:
     datasets = _import_datasets()
     silence = hub_silence(hub)
     before = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = before or bool(silence)  # else it would retry for half a minute
+    datasets.config.HF_HUB_OFFLINE = before or bool(silence)  # else it would retry, and the reader wait
     try:
         subset = [hub.subset] if hub.subset else []
         rows = datasets.load_dataset(hub.name, *subset, revision=hub.revision, split=split)
@@ -309,7 +309,7 @@ def draw_rows(rows: Any, wanted: int, account: Account, data: DataConfig) -> lis
     return kept
 
 # %% ../nbs/02_sources.ipynb #dcc0b4ab
-MOST_SYNTHETIC = 10_000_000  # half a minute's work
+MOST_SYNTHETIC = 10_000_000
 
 
 def sampled(wanted: int, seed: int) -> tuple[list[str], Account]:
