@@ -1,23 +1,24 @@
-"""Where sparse attention pays, and where it does not: texts whose last lines need the first, a thousand tokens before (chapter 01b).
+"""Where sparse attention pays, and where it does not: texts of 2,048 tokens whose last lines need the first (chapter 01b).
 
-    python benchmarks/far.py                        each attention for 7.5 CPU minutes of training -> benchmarks/results/far.csv
+    python benchmarks/far.py                        each attention for 8 CPU minutes of training -> benchmarks/results/far.csv
     python benchmarks/far.py --only sparsek --seed 1
     python benchmarks/far.py --minutes 30 --only dense local
-    python benchmarks/far.py --width 16 --minutes 0.05 --documents 40 --csv /tmp/far.csv      only to see that it works
+    python benchmarks/far.py --width 16 --minutes 0.05 --documents 40 --exam 2 --csv /tmp/far.csv      only to see that it works
 
 A GPT of two layers with rotary positions, token shift and no dropout is trained for equal CPU minutes of one thread with dense, fixed,
-strided, local and SparseK attention. Its documents grow: two fifths of the minutes go to documents of 8 facts and 50 tokens, where it
-learns to look a name up, and three twentieths each to four more kinds, up to 128 facts and 1,280 tokens. Between the facts and their
-references stand lines of a small grammar, so that the memory is what there is to learn. A row is a document. The first steps of a stage are
-timed beforehand, and as many follow as fit, with warmup and a decay over the last three tenths of all steps. After each stage, on documents
-of its kind never trained on: the loss above the exact floor, in nats a document; and the share of references whose company gets more than
-half of the probability (found). A window of 128 tokens sees all of a document of the first stage and no first lines in the last, though
-layers hand on what theirs saw.
+strided, local and SparseK attention. Its documents grow: a fifth of the minutes goes to documents of 4 facts, where it learns to look a
+name up, a tenth to each of three more kinds, and half to documents of 64 facts and 2,048 tokens. Between the facts and their references
+stand lines of a small grammar, so that the memory is what there is to learn. A row is a document. The learning rate goes by the share of
+the minutes, with warmup and a decay over the last three tenths. After each stage, and after each quarter of the last, on documents of its
+kind never trained on, outside the minutes: the loss above the exact floor, in nats a document; and the share of references whose company
+gets more than half of the probability (found). A window of 128 tokens sees all of a document of the first stage and no first lines in the
+last, though layers hand on what theirs saw. Memory is the peak of two training steps at 2,048 tokens, as the allocator saw it.
 
 Why so: in ten minutes of long documents alone, with the titles of chapter 01 between, dense attention found none of its references, nor
-where such documents followed on short ones; and a stage of a minute was too short for the first references to be found.
+where such documents followed on short ones. With 4 facts the first references are found within a minute or two; with 8, within three or
+not at all.
 
-Runs that have their rows are not made again. (What attentions need in memory: benchmarks/attention.py.)
+Runs that have their rows are not made again. (Attentions by themselves: benchmarks/attention.py.)
 """
 
 import argparse
@@ -33,14 +34,15 @@ from _rows import add_rows, read_rows
 from mainrun_nb.config import Config, load_config
 from mainrun_nb.data import EOS, IGNORED, drawn_order, token_stream
 from mainrun_nb.documents import Documents
+from mainrun_nb.memory import measured_peak
 from mainrun_nb.models import count_parameters
 from mainrun_nb.runtime import freed_memory_kept
 from mainrun_nb.synthetic import Grammar
 from mainrun_nb.tokenizer import Tokenizer, train_tokenizer
-from mainrun_nb.trainer import make_state, take_step
+from mainrun_nb.trainer import TrainState, make_state, take_step
 
 CPU, VOCABULARY = torch.device("cpu"), 1500
-STAGES = ((8, 0, 0.4), (16, 4, 0.15), (32, 32, 0.15), (64, 64, 0.15), (128, 128, 0.15))  # facts, lines between, share of the minutes
+STAGES = ((4, 0, 0.2), (16, 4, 0.1), (32, 32, 0.1), (64, 64, 0.1), (64, 410, 0.5))  # facts, lines between, share of the minutes
 LENGTH, STEP = 2048, 1024  # tokens of a document at most, and of a step where documents are shorter
 MONTHS = dict.fromkeys("March April May June July August".split(), 1 / 6)
 BETWEEN = Grammar("2 quiet in {month}\n1 rain in {month}", words={"month": MONTHS})
@@ -54,14 +56,14 @@ BASE = ["data.source=synthetic", f"hyperparams.context_length={LENGTH}", "hyperp
         "hyperparams.title_mask=false", f"hyperparams.vocab_size={VOCABULARY}", "tokenizer.kind=bpe",
         "hyperparams.optimizer=muon", "hyperparams.lr=0.01", "hyperparams.adamw_lr=0.005", "hyperparams.betas=[0.9,0.95]",
         "hyperparams.scheduler=wsd", "hyperparams.warmup=0.05", "hyperparams.decay=0.3", "model_configs.gpt.dropout=0",
-        "model_configs.gpt.position=rope", "model_configs.gpt.residual_scaling=true", "model_configs.gpt.token_shift=true"]
-WHOLE = {"width": 64, "layers": 2, "documents": 600, "exam": 40, "seed": 1337}  # options and what they are unless said
-KEY = ("attention", "minutes", "width", "layers", "documents", "seed")
+        "model_configs.gpt.n_layer=2", "model_configs.gpt.position=rope", "model_configs.gpt.residual_scaling=true",
+        "model_configs.gpt.token_shift=true"]
+OPTIONS = {"minutes": 8.0, "width": 64, "documents": 1000, "exam": 40, "seed": 1337}  # and what they are unless said
 
 
-def configured(kind: str, width: int, layers: int, seed: int) -> Config:
+def configured(kind: str, width: int, seed: int) -> Config:
     "The configuration of a run."
-    shape = [f"model_configs.gpt.{k}={width}" for k in ("d_model", "hidden_layer")] + [f"model_configs.gpt.n_layer={layers}"]
+    shape = [f"model_configs.gpt.{k}={width}" for k in ("d_model", "hidden_layer")]
     return load_config(overrides=[*BASE, *KINDS[kind], *shape, f"hyperparams.seed={seed}"])
 
 
@@ -88,7 +90,7 @@ class Rows:
         self.rows = max(1, STEP // self.length)
 
     def __getitem__(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        epoch, at = divmod(k * self.rows, len(self.ids) - self.rows)
+        epoch, at = divmod(k * self.rows, len(self.ids) // self.rows * self.rows)
         which = drawn_order(len(self.ids), self.seed, epoch)[at : at + self.rows]
         return tuple(torch.stack(both) for both in zip(*(padded(self.ids[i], self.length) for i in which), strict=True))
 
@@ -96,8 +98,8 @@ class Rows:
 class Exam:
     "Documents never trained on, with the places of their references."
 
-    def __init__(self, form: Documents, n: int, tokenizer: Tokenizer) -> None:
-        documents = form.sample(n, seed=2)
+    def __init__(self, form: Documents, n: int, tokenizer: Tokenizer, seed: int = 2) -> None:
+        documents = form.sample(n, seed)
         self.floor, self.rows = -sum(map(form.log_prob, documents)) / n, []
         for document in documents:
             ids = token_stream([document], tokenizer)
@@ -122,61 +124,60 @@ class Exam:
         return {"above_floor": round(total / len(self.rows) - self.floor, 2), "found": round(sum(found) / len(found), 4)}
 
 
-def timed(state: Any, rows: Rows, hp: Any, steps: int, max_steps: int) -> float:
-    "CPU seconds of so many steps."
-    began = time.process_time()
-    for _ in range(steps):
-        take_step(state, state.model, rows, slice(None), hp, max_steps)
-    return time.process_time() - began
+class Minutes:
+    "A training run by the CPU clock: how far it is, and steps until a share of its minutes is over."
 
+    def __init__(self, state: TrainState, cfg: Config, minutes: float) -> None:
+        self.state, self.hp, self.whole, self.spent = state, cfg.hyperparams, 60 * minutes, 0.0
 
-def steps_for(seconds: float, cfg: Config, vocab_size: int, rows: Rows) -> int:
-    "How many steps fit, by the time of five; the first two pay for allocation."
-    state = make_state(cfg, vocab_size, CPU)
-    timed(state, rows, cfg.hyperparams, 2, 10**6)
-    return max(1, int(seconds / timed(state, rows, cfg.hyperparams, 5, 10**6) * 5))
+    def train(self, rows: Rows, share: float) -> None:
+        "Steps until this share of the whole is spent; the schedule is as far as the clock."
+        while self.spent < share * self.whole:
+            began, past = time.process_time(), max(self.spent / self.whole, 1e-4)
+            take_step(self.state, self.state.model, rows, slice(None), self.hp, max_steps=round((self.state.step + 1) / past))
+            self.spent += time.process_time() - began
 
 
 def run(kind: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    "Train with one attention; a row for each stage."
-    cfg, names = configured(kind, args.width, args.layers, args.seed), Documents().names
+    "Train with one attention; a row for each exam."
+    cfg, names = configured(kind, args.width, args.seed), Documents().names
     names = dict.fromkeys(names, 1 / len(names))
     forms = [Documents(facts, between, BETWEEN, names) for facts, between, _ in STAGES]
     tokenizer = train_tokenizer(forms[-1].sample(200, seed=3), (), "bpe", VOCABULARY)
-    stages = [Rows(form.sample(args.documents * STAGES[-1][0] // form.facts, seed=1), tokenizer, args.seed) for form in forms]
-    exams = [Exam(form, args.exam, tokenizer) for form in forms]
-    steps = [steps_for(60 * args.minutes * share, cfg, tokenizer.vocab_size, stage)
-             for stage, (_, _, share) in zip(stages, STAGES, strict=True)]
-    given = [part for name in ("minutes", *WHOLE) for part in (f"--{name}", str(getattr(args, name)))]
-    command = shlex.join(["python", "benchmarks/far.py", "--only", kind, *given])
-    state, seconds, rows = make_state(cfg, tokenizer.vocab_size, CPU), 0.0, []
-    for form, stage, exam, n in zip(forms, stages, exams, steps, strict=True):
-        seconds += timed(state, stage, cfg.hyperparams, n, sum(steps))
-        rows.append({"attention": kind, "minutes": args.minutes, "width": args.width, "layers": args.layers, "documents": args.documents,
-                     "seed": args.seed, "facts": form.facts, "trained_minutes": round(seconds / 60, 2), "steps": state.step,
-                     **exam.mark(state.model), "floor": round(exam.floor, 2), "tokens": stage.length,
-                     "parameters": count_parameters(state.model, embeddings=False), "torch": torch.__version__,
-                     "command": command})
-        print({k: rows[-1][k] for k in ("attention", "facts", "trained_minutes", "steps", "above_floor", "found")}, flush=True)
+    given = {name: getattr(args, name) for name in OPTIONS}
+    command = shlex.join(["python", "benchmarks/far.py", "--only", kind, *(part for k, v in given.items() for part in (f"--{k}", str(v)))])
+    memory = measured_peak(cfg, tokenizer.vocab_size)
+    clock, share, rows = Minutes(make_state(cfg, tokenizer.vocab_size, CPU), cfg, args.minutes), 0.0, []
+    for stage, (form, (facts, _, part)) in enumerate(zip(forms, STAGES, strict=True)):
+        documents = Rows(form.sample(args.documents * STAGES[-1][0] // facts, seed=10 + stage), tokenizer, args.seed)
+        exam, quarters = Exam(form, args.exam, tokenizer, seed=100 + stage), 4 if form is forms[-1] else 1
+        for _ in range(quarters):
+            share += part / quarters
+            clock.train(documents, share)
+            rows.append({"attention": kind, **given, "stage": stage + 1, "facts": facts, "tokens": documents.length,
+                         "trained_minutes": round(clock.spent / 60, 3), "steps": clock.state.step, **exam.mark(clock.state.model),
+                         "floor": round(exam.floor, 2), "memory_bytes": memory,
+                         "parameters": count_parameters(clock.state.model, embeddings=False), "torch": torch.__version__,
+                         "command": command})
+            print({k: rows[-1][k] for k in ("attention", "tokens", "trained_minutes", "steps", "above_floor", "found")}, flush=True)
     return rows
 
 
 def done(path: Path) -> set[tuple[str, ...]]:
     "Which runs have their rows."
-    return {tuple(row[k] for k in KEY) for row in read_rows(path)}
+    return {tuple(row[k] for k in ("attention", *OPTIONS)) for row in read_rows(path)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=7.5, help="of training, for each attention")
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--csv", type=Path, default=Path(__file__).parent / "results" / "far.csv")
-    for name, default in WHOLE.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
+    for name, default in OPTIONS.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
     args = parser.parse_args()
     torch.set_num_threads(1)
     for kind in args.only:
-        if (kind, *(str(getattr(args, name)) for name in KEY[1:])) in done(args.csv):
+        if (kind, *(str(getattr(args, name)) for name in OPTIONS)) in done(args.csv):
             continue
         with freed_memory_kept():
             rows = run(kind, args)

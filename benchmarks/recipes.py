@@ -162,11 +162,15 @@ def alone() -> Study:
 
 
 def scaled() -> Study:
-    "The two recipes of the full track at 10 million parameters, for one pass and for three, the schedule fitted to each."
+    "The two recipes of the full track at 10 million parameters for one pass and for three, and one with what the second round found."
     width = ["model_configs.gpt.d_model=208", "model_configs.gpt.hidden_layer=208"]
-    passes = {"": ["hyperparams.epochs=1"], "-three": ["hyperparams.epochs=3", "hyperparams.evals_per_epoch=1"]}
-    names = ("full", "public_best")
-    return {name + suffix: (f"sweeps/sota/{name}.yaml", [*budget, *width]) for name in names for suffix, budget in passes.items()}
+    three = ["hyperparams.epochs=3", "hyperparams.evals_per_epoch=1"]
+    passes = {"": ["hyperparams.epochs=1"], "-three": three}
+    found = [*CASED, *WHOLE, *SHORTCUTS, "model_configs.gpt.embedding_cutoff=2500", "model_configs.gpt.embedding_ngrams=4096",
+             "model_configs.gpt.n_layer=16", "hyperparams.adamw_weight_decay=0.1"]  # in as many parameters
+    runs = {f"{name}{more}": (f"sweeps/sota/{name}.yaml", [*budget, *width])
+            for name in ("full", "public_best") for more, budget in passes.items()}
+    return {**runs, "full-found-three": ("sweeps/sota/full.yaml", [*three, *width, *found])}
 
 
 STUDIES = {"full": full, "alone": alone, "scaled": scaled, "attention": attention, "control": control, "screen": screen, "screen2": screen2,
