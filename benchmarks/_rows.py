@@ -25,5 +25,7 @@ def add_rows(path: Path, *rows: dict[str, Any]) -> None:
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
         if not file.seek(0, os.SEEK_END):
             writer.writeheader()
+        elif (known := read_rows(path)) and known[0].keys() != rows[0].keys():
+            raise SystemExit(f"{path}: has other columns; name another file")
         writer.writerows(rows)
         file.write(text.getvalue())

@@ -1,8 +1,8 @@
 """The figures of a chapter's prose are its code's: each stands, rounded as the prose has it, in a code cell nearby.
 
 There an assert holds it to what the code measures, or it is the setting of what is run. So a slip in the prose is found here, and a
-figure that has become untrue by the assert. What pictures show (`#| fig-alt`) is prose too. Whole numbers of one significant digit
-(two heads, 8 bits) are left to the reader.
+figure that has become untrue by the assert. What pictures show (`#| fig-alt`) is prose too, comments are not code. Whole numbers below ten
+(two heads, 8 bits), formulas and number words are left to the reader.
 """
 import json
 import random
@@ -13,26 +13,34 @@ from typing import NamedTuple
 
 import pytest
 
+from mainrun_nb.config import Hyperparams
+
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 NEARBY = 6  # cells before and after
-NUMBER = re.compile(r"(?<![\w.,])(?<![A-Za-z]-)\d+(?:,\d{3})*(?:\.\d+)?(?![\w]|,\d)")
+NUMBER = re.compile(r"(?<![\w.,])(?<![A-Za-z]-)\d+(?:,\d{3})*(?:\.\d+)?(?![\d_]|,\d)")
 ALT = re.compile(r"^#\|\s*fig-alt:(.*)$", re.MULTILINE)
+COMMENT = re.compile(r"(?:^|  )# .*$", re.MULTILINE)
 SCALES = {"%": 100, "million": 1e-6, "billion": 1e-9, "KB": 1e-3, "MB": 1e-6, "GB": 1e-9, "thousand": 1e-3}
-LIST = r"\d\d\w?(?:(?:,| to| and) \d\d\w?)*"  # of chapters
-NOT_PROSE = [r"```.*?```", r"`[^`]*`", r"\$\$.*?\$\$", r"\$[^$]*\$", r"\[\d\d\w?\]", r"(?<=\])\([^)]*\)", r"https?://\S+",
-             rf"[Cc]hapters? {LIST}", rf"\({LIST}\)", r"section \d+(?:\.\d+)*", r"\b(?:19|20)\d\d\b"]
+LIST = r"\d\d[a-c]?(?:(?:,| to| and) \d\d[a-c]?)*(?!\d)"  # of chapters
+NOT_PROSE = [r"```.*?```", r"`[^`]*`", r"\$\$.*?\$\$", r"\$[^$]*\$", r"\[\d\d[a-c]?\]\([^)]*\)", r"(?<=\])\([^)]*\)", r"https?://\S+",
+             rf"[Cc]hapters? {LIST}", rf"\({LIST}\)", r"section \d+(?:\.\d+)*", r"(?<![.,\d])(?:19[5-9]|20[0-3])\d\b"]
+
+PROTOCOL = {"100,000", "90,000", "10,000"}  # the titles of the challenge: all that are drawn, and its two halves
 
 # What no cell can hold: figures that others have published, and names that are numbers.
 QUOTED: dict[str, dict[str, str]] = {
+    "04_eda": {"80": "Hacker News: the longest title that it takes"},
     "05_overlap": {"13": "GPT-3's paper: its longest runs of words"},
-    "index": {"2.0": "the licence's version"},
-    "36_assessment": {"27,707": "the assessment's data analysis: words", "348": "the same: tokens of validation alone"},
     "13_sparsek_stream": {"2,048": "DeepSeek-V3.2's report (arXiv:2512.02556): key-value pairs that its indexer selects for each query"},
     "20_runtime": {"128": "glibc's manual, Malloc Tunable Parameters: the threshold before it is adjusted, in KiB"},
     "24_tracking": {"8.32": "the assessment's report: where the training loss of its first run ends",
                     "1.78": "the same: the validation loss of that run"},
-    "33_scaling": {"0.05": "Kaplan et al. 2020 (arXiv:2001.08361): the exponent of the loss in compute"},
+    "33_scaling": {"40": "Hoffmann et al. 2022 (arXiv:2203.15556): billions of parameters for Gopher's budget",
+                   "0.05": "Kaplan et al. 2020 (arXiv:2001.08361): the exponent of the loss in compute"},
+    "33b_repetition": {"400": "Muennighoff et al. 2023 (arXiv:2305.16264): models trained"},
+    "36_assessment": {"27,707": "the assessment's data analysis: words", "348": "the same: tokens of validation alone"},
+    "index": {"2.0": "the licence's version"},
 }
 
 
@@ -46,21 +54,21 @@ class Figure(NamedTuple):
 
 
 def figures(cells: list[dict]) -> Iterator[Figure]:
-    """The numbers of the prose that are not of one significant digit."""
+    """The numbers of the prose but for whole ones below ten."""
     for i, cell in enumerate(cells):
         source = "".join(cell["source"])
         prose = source if cell["cell_type"] == "markdown" else " ".join(ALT.findall(source))
         for other in NOT_PROSE:
             prose = re.sub(other, lambda m: "\n" * m.group().count("\n") + "·", prose, flags=re.DOTALL)
         for m in NUMBER.finditer(prose):
-            if "." in m.group() or len(m.group().replace(",", "").strip("0")) > 1:
+            if "." in m.group() or len(m.group()) > 1:
                 unit = re.match(r"\s*([A-Za-z%]*)", prose[m.end():]).group(1)
                 yield Figure(m.group(), unit, i, " ".join(prose[max(0, m.start() - 40): m.end() + 30].split()))
 
 
 def constants(cell: dict) -> set[float]:
     """The numbers in a code cell."""
-    source = ALT.sub("", "".join(cell["source"])) if cell["cell_type"] == "code" else ""
+    source = COMMENT.sub("", ALT.sub("", "".join(cell["source"]))) if cell["cell_type"] == "code" else ""
     return {float(text) for text in re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?:e[-+]?\d+)?", source.replace("_", ""))}
 
 
@@ -83,10 +91,16 @@ def read(path: Path) -> list[dict]:
 def test_figures_of_the_prose_stand_in_code_nearby(path):
     cells, quoted = read(path), QUOTED.get(path.stem, {})
     found = list(figures(cells))
-    own = [f for f in found if f.text not in quoted]
+    own = [f for f in found if f.text not in PROTOCOL | quoted.keys()]
     lost = [f"cell {f.cell}: {f.text} in '{f.line}'" for f in own if not stands(f.text, f.unit, nearby(cells, f.cell))]
     assert not lost, "\n".join([f"{path.name}: figures that no code cell nearby has:", *lost])
     assert not quoted.keys() - {f.text for f in found}, "QUOTED lists figures that are not there"
+
+
+def test_the_protocol_has_as_many_titles():
+    hp = Hyperparams()
+    held_out = round(hp.num_titles * hp.val_frac)
+    assert {f"{n:,}" for n in (hp.num_titles, hp.num_titles - held_out, held_out)} == PROTOCOL
 
 
 def test_a_mutated_figure_is_found():
@@ -95,7 +109,7 @@ def test_a_mutated_figure_is_found():
     for path in NOTEBOOKS:
         cells = read(path)
         for f in figures(cells):
-            if f.text in QUOTED.get(path.stem, {}):
+            if f.text in PROTOCOL | QUOTED.get(path.stem, {}).keys():
                 continue
             at = rng.choice([i for i, c in enumerate(f.text) if c.isdigit()])
             other = rng.choice([d for d in "123456789" if d != f.text[at]])
