@@ -7,7 +7,7 @@
 
 A GPT of two layers with rotary positions, token shift and no dropout is trained for equal CPU minutes of one thread with dense, fixed,
 strided, local and SparseK attention. Its documents grow: a fifth of the minutes goes to documents of 4 facts, where it learns to look a
-name up, a tenth to each of three more kinds, and half to documents of 64 facts and 2,048 tokens. Between the facts and their references
+name up, a tenth to each of three more kinds, and half to documents of 64 facts and 2,024 tokens. Between the facts and their references
 stand lines of a small grammar, so that the memory is what there is to learn. A row is a document. The learning rate goes by the share of
 the minutes, with warmup and a decay over the last three tenths. After each stage, and after each quarter of the last, on documents of its
 kind never trained on, outside the minutes: the loss above the exact floor, in nats a document; and the share of references whose company
@@ -15,8 +15,9 @@ gets more than half of the probability (found). A window of 128 tokens sees all 
 last, though layers hand on what theirs saw. Memory is the peak of two training steps at 2,048 tokens, as the allocator saw it.
 
 Why so: in ten minutes of long documents alone, with the titles of chapter 01 between, dense attention found none of its references, nor
-where such documents followed on short ones. With 4 facts the first references are found within a minute or two; with 8, within three or
-not at all.
+where such documents followed on short ones. With 4 facts it finds its first references within a minute or two; with 8, within three or not
+at all. An attention that has not learned the first stage says nothing by what it misses in the last. And CPU minutes are equal work only
+where nothing else runs: beside other work steps of a stage differed by up to 23 %.
 
 Runs that have their rows are not made again. (Attentions by themselves: benchmarks/attention.py.)
 """
