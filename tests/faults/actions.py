@@ -1,13 +1,16 @@
 """What the cases do: the smallest run, the smallest sweep, and every console command with arguments for them."""
 import io
 import json
+import os
 import shutil
+import signal
 import sys
 import traceback
 from contextlib import redirect_stdout
 from pathlib import Path
 
 import yaml
+from tqdm import tqdm
 
 SMALLEST = ["data.source=synthetic", "tokenizer.kind=bpe", "tracking.backends=[silent]", "attn_configs.causal.n_head=2",
             *(f"hyperparams.{s}" for s in ("num_titles=300", "vocab_size=300", "epochs=1", "context_length=16", "batch_size=4",
@@ -102,6 +105,12 @@ def many_configs() -> None:
     import configs
 
     configs.many(*sys.argv[1:])
+
+
+def killed_while_it_draws() -> None:
+    """A command that is killed while it holds the lock of the progress bars."""
+    with tqdm.get_lock():
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def nothing() -> None:

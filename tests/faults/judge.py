@@ -12,6 +12,9 @@ TIMES = {"timestamp", "seconds", "tokens_per_second", "memory_bytes", "train_sec
          "crc32", "sweep"}
 
 
+HANGS = "it hangs"
+
+
 class Wrong(AssertionError):
     """What must not happen, in one line."""
 
@@ -29,7 +32,7 @@ def check_words(done: Done) -> None:
             last = [line for line in done.err.strip().splitlines() if line.strip()][-1]
             raise Wrong(f"{mark.split(' (')[0]}: {last[:200]}")
     if -14 in done.codes:
-        raise Wrong("it hangs")
+        raise Wrong(HANGS)
 
 
 def check_refusal(done: Done, *names: str, allowed: tuple[int, ...] = (1, 2)) -> None:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 import traceback
 from configparser import ConfigParser
@@ -134,6 +135,7 @@ def warm_up() -> None:
     import torch._dynamo
     from actions import SMALLEST, executed_here
     from matplotlib.figure import Figure
+    from tqdm import tqdm
 
     import mainrun_nb.checkpoint
     import mainrun_nb.cli
@@ -144,6 +146,7 @@ def warm_up() -> None:
     from mainrun_nb.config import load_config
 
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is one lock for all forks: killed while it holds it, one would leave the others waiting
     tracking.register_backend("silent", lambda *args: MagicMock())
     papermill.execute_notebook = executed_here  # no kernel for each case
     schema = pickle.dumps(config._schema())  # half of what it takes to load a configuration
