@@ -99,7 +99,7 @@ class Rows:
 class Exam:
     "Documents never trained on, with the places of their references."
 
-    def __init__(self, form: Documents, n: int, tokenizer: Tokenizer, seed: int = 2) -> None:
+    def __init__(self, form: Documents, n: int, tokenizer: Tokenizer, seed: int) -> None:
         documents = form.sample(n, seed)
         self.floor, self.rows = -sum(map(form.log_prob, documents)) / n, []
         for document in documents:
@@ -149,13 +149,13 @@ def run(kind: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     command = shlex.join(["python", "benchmarks/far.py", "--only", kind, *(part for k, v in given.items() for part in (f"--{k}", str(v)))])
     memory = measured_peak(cfg, tokenizer.vocab_size)
     clock, share, rows = Minutes(make_state(cfg, tokenizer.vocab_size, CPU), cfg, args.minutes), 0.0, []
-    for stage, (form, (facts, _, part)) in enumerate(zip(forms, STAGES, strict=True)):
-        documents = Rows(form.sample(args.documents * STAGES[-1][0] // facts, seed=10 + stage), tokenizer, args.seed)
+    for stage, (form, (*_, part)) in enumerate(zip(forms, STAGES, strict=True)):
+        documents = Rows(form.sample(args.documents * forms[-1].facts // form.facts, seed=10 + stage), tokenizer, args.seed)
         exam, quarters = Exam(form, args.exam, tokenizer, seed=100 + stage), 4 if form is forms[-1] else 1
         for _ in range(quarters):
             share += part / quarters
             clock.train(documents, share)
-            rows.append({"attention": kind, **given, "stage": stage + 1, "facts": facts, "tokens": documents.length,
+            rows.append({"attention": kind, **given, "stage": stage + 1, "facts": form.facts, "tokens": documents.length,
                          "trained_minutes": round(clock.spent / 60, 3), "steps": clock.state.step, **exam.mark(clock.state.model),
                          "floor": round(exam.floor, 2), "memory_bytes": memory,
                          "parameters": count_parameters(clock.state.model, embeddings=False), "torch": torch.__version__,

@@ -111,7 +111,7 @@ def test_references_are_found_by_whoever_knows_the_next_token(benchmark):
     far = benchmark("far")
     form = Documents(4, 3, far.BETWEEN)
     tokenizer = far.train_tokenizer(form.sample(200, seed=3), (), "bpe", 700)
-    exam, documents = far.Exam(form, 5, tokenizer), form.sample(5, seed=2)
+    exam, documents = far.Exam(form, 5, tokenizer, seed=2), form.sample(5, seed=2)
     for (_, y, spans), document in zip(exam.rows, documents, strict=True):
         said = sorted(tokenizer.decode(y[a:b].tolist()).strip() for a, b in spans)
         assert said == sorted(line.split(" ")[1] for line in document.split(" / ")[-4:])

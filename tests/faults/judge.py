@@ -10,8 +10,6 @@ from workers import Done
 TIMES = {"timestamp", "seconds", "tokens_per_second", "memory_bytes", "train_seconds", "peak_memory_bytes", "step_seconds", "commit",
          "flops_per_second", "matrix_flops_per_second", "matrix_fraction", "mfu", "run", "identity", "seal", "files", "device", "versions",
          "crc32", "sweep"}
-
-
 HANGS = "it hangs"
 
 

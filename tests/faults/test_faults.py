@@ -70,8 +70,8 @@ def test_a_planted_fault_is_seen(ground, plant):
         cases = [case for case in module.cases(ground, **arguments) if all(word in case.name for word in plant.words)]
         assert cases, plant.words
         assert any(case.fails(ground) not in ("", HANGS) for case in sample(cases, plant.count)), "no case sees it"
-    except Wrong:
-        pass  # seen without a fault
+    except Wrong as e:
+        assert str(e) != HANGS  # else it is seen without a fault
     finally:
         ground.patch = ""
         ground.__dict__["loaded"] = loaded or []
