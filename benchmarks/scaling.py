@@ -4,6 +4,7 @@
     HN_TITLES=titles.txt.gz python benchmarks/scaling.py runs       -> benchmarks/results/scaling.csv
     HN_TITLES=titles.txt.gz python benchmarks/scaling.py batches    -> benchmarks/results/batches.csv
     HN_TITLES=titles.txt.gz python benchmarks/scaling.py branches   -> benchmarks/results/branches.csv
+    HN_TITLES=titles.txt.gz python benchmarks/scaling.py branches --run width=24 seed=1337 step=64 rows=8    this row again
 
 `runs`: four GPTs of 14 thousand to 448 thousand non-embedding parameters, each trained on 1/8, 1/4 and 1/2 of one pass over the
 36,000 training titles of a draw of 40,000 (no token is seen twice), the two smaller ones also on all of it, each with a whole schedule
@@ -11,21 +12,21 @@ of its own; three seeds in one place, to know the noise. The optimizer is Muon a
 for each.
 
 `batches`: the smallest GPT, trained by AdamW on a draw of 60,000 titles with batches of 8 to 128 rows of 64 tokens until it predicts
-16,384 validation tokens with 5.6 nats each, at two or three learning rates, constant after ten steps; a run that takes more steps
-than a better one of its batch size is cut off. From the same steps, each in four micro-batches, comes the gradient noise scale over
-the second half of the run.
+16,384 validation tokens with 5.6 nats each, or has read four million, at four learning rates, constant after ten steps. From the same
+steps, each in four micro-batches, comes the gradient noise scale over the second half of the run.
 
 `branches`: two GPTs of 14 and 150 thousand non-embedding parameters, trained by AdamW at a constant rate on one pass over the 90,000
 training titles of a draw of 100,000, in batches of 16 rows of 64 tokens. After 64, 256 and 1,024 steps copies of the model read the next
 1,024, 2,048 and 4,096 rows in batches of 8 to 256 rows, the learning rate growing with the square root of the batch size, and are scored
 on 16,384 validation tokens. The noise scale is that of the second half of the steps before.
 
-Rows are written as they are measured: a study that was stopped goes on where it was.
+Rows are written as they are measured: a study that was stopped goes on where it was. A row's command measures it again.
 """
 
 import argparse
 import math
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -54,8 +55,11 @@ BASE = ["data.source=${oc.env:HN_TITLES}", "hyperparams.num_titles=40000", "hype
         "model_configs.gpt.position=rope", "model_configs.gpt.residual_scaling=true"]
 
 CONSTANT = ["hyperparams.optimizer=adamw", "hyperparams.scheduler=none", "hyperparams.context_length=64"]
-BRANCHED = [(SIZES[0], 0.0094), (SIZES[2], 0.0035)]  # the rate that batches.csv has for 16 rows, and as much less as the model is wider
+BRANCHED = [(SIZES[0], 0.0094), (SIZES[2], 0.0035)]  # a rate good for 16 rows (batches.csv), and as much less as the model is wider
 POINTS = [(64, 1024), (256, 2048), (1024, 4096)]  # step, and rows that its branches read
+
+Key = dict[str, Any]  # the columns that identify a row of a study
+Study = Iterator[tuple[Key, Callable[[], dict[str, Any]]]]  # and for each a function that measures it
 
 
 def configured(width: int, layers: int, heads: int, *more: str) -> Config:
@@ -78,7 +82,7 @@ def train_once(cfg: Config, data: RunData, share: float) -> dict:
             "layers": gpt.n_layer, "steps": state.step, "seed": hp.seed, "cpu_seconds": round(time.process_time() - cpu, 1)}
 
 
-def measure_runs() -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]:
+def measure_runs() -> Study:
     "What identifies each run of the first study, and a function that makes it."
     data = prepare_data(configured(*SIZES[0]))
     plan = [(shape, share, 1337) for share in SHARES for shape in SIZES] + [(SIZES[1], 1 / 4, seed) for seed in (1, 2)]
@@ -110,21 +114,19 @@ def steps_to(cfg: Config, data: RunData, target: float, cap: int) -> dict:
     return {"steps": "", "noise": "", "noise_low": "", "noise_high": ""}
 
 
-def measure_batches() -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]:
+def measure_batches() -> Study:
     "What identifies each run of the second study, and a function that makes it."
     kind = [*CONSTANT, "hyperparams.num_titles=60000", "hyperparams.grad_accum=4"]
     data = prepare_data(configured(*SIZES[0], *kind))
-    best: dict[int, float] = {}  # least steps so far per batch size
 
     def measure(rows: int, lr: float) -> dict:
-        cap, cpu = int(best.get(rows, 4_000_000 / (rows * 64))), time.process_time()
+        cap, cpu = 4_000_000 // (rows * 64), time.process_time()
         cfg = configured(*SIZES[0], *kind, f"hyperparams.batch_size={rows}", f"hyperparams.lr={lr}", f"hyperparams.warmup={10 / cap}")
         found = steps_to(cfg, data, 5.6, cap)
-        best[rows] = min(found["steps"] or cap, cap)
         return {"rows": rows, "tokens_per_row": 64, "lr": lr, "target": 5.6, **found, "cpu_seconds": round(time.process_time() - cpu, 1)}
 
-    for rows in (16, 32, 64, 8, 128):
-        for lr in (0.0133, 0.0094, 0.0188 if rows >= 16 else 0.0067):
+    for rows in (8, 16, 32, 64, 128):
+        for lr in (0.0067, 0.0094, 0.0133, 0.0188):
             yield {"rows": rows, "lr": lr}, partial(measure, rows, lr)
 
 
@@ -162,7 +164,7 @@ class Trunk:
                 "cpu_seconds": round(time.process_time() - cpu, 1)}
 
 
-def measure_branches() -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]:
+def measure_branches() -> Study:
     "What identifies each branch of the third study, and a function that makes it."
     data = None
     for seed in (1337, 1):
@@ -181,25 +183,43 @@ STUDIES = {"runs": (measure_runs, "scaling.csv"), "batches": (measure_batches, "
            "branches": (measure_branches, "branches.csv")}
 
 
-def make(study: Callable[[], Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]], path: Path) -> None:
-    "Make a study's runs, one CSV line for each as it ends; those that have theirs are not made again."
+def is_row(row: dict[str, str], key: Key) -> bool:
+    "Whether a row of a table is the one of this key."
+    return all(row[k] == str(v) for k, v in key.items())
+
+
+def command_of(name: str, key: Key) -> str:
+    "The command that measures one row of a study again."
+    return shlex.join(["python", "benchmarks/scaling.py", name, "--run", *(f"{k}={v}" for k, v in key.items())])
+
+
+def make(name: str, only: list[str] | None) -> None:
+    "Measure the rows that a study's table lacks, and write each as it ends; or measure one row again, and write nothing."
+    study, file = STUDIES[name]
     for key, measure in study():
-        if any(all(row[k] == str(v) for k, v in key.items()) for row in read_rows(path)):
-            continue
-        add_rows(path, row := measure())
-        print(row, flush=True)
+        if only is not None:
+            if only == [f"{k}={v}" for k, v in key.items()]:
+                print(measure())
+                return
+        elif not any(is_row(row, key) for row in read_rows(RESULTS / file)):
+            add_rows(RESULTS / file, row := measure() | {"command": command_of(name, key)})
+            print(row, flush=True)
+    if only is not None:
+        raise SystemExit(f"{name} {' '.join(only)}: no row of this study")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", nargs="?", choices=STUDIES, help="default: all")
+    parser.add_argument("--run", nargs="+", metavar="COLUMN=VALUE", help="measure this row of the study again, and write nothing")
     args = parser.parse_args()
+    if args.run and not args.study:
+        parser.error("--run needs a study")
     if "HN_TITLES" not in os.environ:
         parser.exit(0, "scaling.py: nothing was measured; HN_TITLES must name a file of titles\n")
     torch.set_num_threads(1)
-    for name, (study, file) in STUDIES.items():
-        if args.study in (None, name):
-            make(study, RESULTS / file)
+    for name in [args.study] if args.study else STUDIES:
+        make(name, args.run)
 
 
 if __name__ == "__main__":

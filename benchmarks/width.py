@@ -4,7 +4,8 @@
     HN_TITLES=titles.txt.gz python benchmarks/width.py coordinates    -> benchmarks/results/coordinates.csv
     HN_TITLES=titles.txt.gz python benchmarks/width.py rates          -> benchmarks/results/width.csv
     HN_TITLES=titles.txt.gz python benchmarks/width.py --dry          only show what would be next
-    HN_TITLES=titles.txt.gz python benchmarks/width.py --run adamw-mup-80-7-1337        make this run and print its row
+    HN_TITLES=titles.txt.gz python benchmarks/width.py --run adamw-mup-80-7-1337        this row of the second table again
+    HN_TITLES=titles.txt.gz python benchmarks/width.py --run adamw-mup-64-1337          this row of the first
 
 GPTs of two layers, with heads of 16 numbers and a vocabulary of 2,000, read the first titles of a draw of 20,000 in batches of 512 tokens,
 by AdamW or Muon, in standard parametrisation or in maximal update parametrisation.
@@ -13,16 +14,18 @@ by AdamW or Muon, in standard parametrisation or in maximal update parametrisati
 
 `rates`: 200 steps in bfloat16, with warmup and decay, at widths of 32, 80 and 192. `mup` is relative to width 192, where it changes
 nothing: the narrow models stand in for that one. `mupnarrow` is relative to width 32, for one curve. A run's name says its optimizer,
-parametrisation, width, rate (7 is 2^-7) and seed, of which there is one. Rates go on by factors of two until two on each side of the best
-are worse. The rate of Muon is that of the matrices; tables and vectors have half of it, as in the recipe of the small track.
+parametrisation, width, rate (7 is 2^-7) and seed, of which there is one; a coordinate check's has no rate. Rates go on by factors of two
+until two on each side of the best are worse. The rate of Muon is that of the matrices; tables and vectors have half of it, as in the recipe
+of the small track.
 
-One thread and one process. Rows are written as they are measured: a study that was stopped goes on where it was. A row's command makes the
-same run again.
+One thread and one process. Rows are written as they are measured: a study that was stopped goes on where it was. A row's command measures
+it again.
 """
 
 import argparse
 import math
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,23 +68,32 @@ def fresh(cfg: Config, base: int | None, vocab_size: int) -> TrainState:
     return state
 
 
-def check(optimizer: str, parametrisation: str, width: int, seed: int, data: RunData) -> dict[str, float]:
-    "What a few steps change, by part."
+def check(optimizer: str, parametrisation: str, width: int, seed: int, data: RunData) -> dict[str, Any]:
+    "A row of the first table: what a few steps change, by part."
     cfg = configured(optimizer, width, CHECK_RATE, seed, "hyperparams.scheduler=none", "hyperparams.warmup=0", "hyperparams.amp_bool=false")
     state = fresh(cfg, WIDTHS[0] if parametrisation == "mup" else None, data.tokenizer.vocab_size)
     found = coordinate_check(state, Batches(data.train_ids, cfg.hyperparams), cfg.hyperparams)
-    return {part: float(f"{change:.5g}") for part, change in found.items()}
+    return {"optimizer": optimizer, "parametrisation": parametrisation, "width": width, "seed": seed,
+            **{part: float(f"{change:.5g}") for part, change in found.items()},
+            "command": command_of(named(optimizer, parametrisation, width, seed))}
 
 
-def named(optimizer: str, parametrisation: str, width: int, rate: int, seed: int) -> str:
+def named(*parts: str | int) -> str:
     "A run's name."
-    return f"{optimizer}-{parametrisation}-{width}-{rate}-{seed}"
+    return "-".join(map(str, parts))
+
+
+def command_of(name: str) -> str:
+    "The command that measures a row again."
+    return f"python benchmarks/width.py --run {name}"
 
 
 def measure(name: str, data: RunData) -> dict[str, Any]:
     "Make the run of this name: its row."
-    optimizer, parametrisation, width, rate, seed = (part if part.isalpha() else int(part) for part in name.split("-"))
-    began, cfg = time.process_time(), configured(optimizer, width, rate, seed)
+    optimizer, parametrisation, width, *rate, seed = (part if part.isalpha() else int(part) for part in name.split("-"))
+    if not rate:
+        return check(optimizer, parametrisation, width, seed, data)
+    began, cfg = time.process_time(), configured(optimizer, width, *rate, seed)
     state, hp = fresh(cfg, BASES[parametrisation], data.tokenizer.vocab_size), cfg.hyperparams
     batches = Batches(data.train_ids, hp)
     with freed_memory_kept():
@@ -93,7 +105,7 @@ def measure(name: str, data: RunData) -> dict[str, Any]:
             "n": count_parameters(state.model, embeddings=False), "d": STEPS * batches.size, "loss": round(metrics["val/loss"], 5),
             "nats_per_token": round(metrics["val/nats_per_token"], 5), "steps": STEPS,
             "cpu_seconds": round(time.process_time() - began, 1), "torch": torch.__version__,
-            "commit": commit[:10] + "+" * commit.endswith("+"), "command": f"python benchmarks/width.py --run {name}"}
+            "commit": commit[:10] + "+" * commit.endswith("+"), "command": command_of(name)}
 
 
 def wanted(tried: dict[int, float]) -> list[int]:
@@ -126,8 +138,7 @@ def make_coordinates(path: Path) -> None:
     todo = [key for key in kinds if tuple(map(str, key)) not in done]
     data = prepare_data(configured("adamw", WIDTHS[0], FIRST, SEED)) if todo else None
     for key in todo:
-        row = dict(zip(("optimizer", "parametrisation", "width", "seed"), key, strict=True)) | check(*key, data)
-        add_rows(path, row)
+        add_rows(path, row := check(*key, data))
         print(row, flush=True)
 
 
@@ -142,7 +153,7 @@ def make_rates(path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="?", choices=("coordinates", "rates"), help="default: both")
-    parser.add_argument("--run", metavar="NAME", help="make this run of the rates again, and write nothing")
+    parser.add_argument("--run", metavar="NAME", help="measure this row of either table again, and write nothing")
     parser.add_argument("--dry", action="store_true", help="show which runs of the rates would be next, and make none")
     args = parser.parse_args()
     if args.dry:
@@ -152,6 +163,8 @@ def main() -> None:
         parser.exit(0, "width.py: nothing was measured; HN_TITLES must name a file of titles\n")
     torch.set_num_threads(1)
     if args.run:
+        if not re.fullmatch(f"(adamw|muon)-({'|'.join(BASES)})(-[0-9]+){{2,3}}", args.run):
+            parser.error(f"--run {args.run}: not a row's name")
         print(measure(args.run, prepare_data(configured("adamw", WIDTHS[0], FIRST, SEED))))
         return
     for part, make in (("coordinates", make_coordinates), ("rates", make_rates)):

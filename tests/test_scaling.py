@@ -1,5 +1,6 @@
 "Noise scale and scaling laws where the answer is known, on more cases than the chapter shows."
 
+import ast
 import csv
 import json
 import math
@@ -168,6 +169,40 @@ def test_a_ledger_with_unknown_columns_is_refused(tmp_path):
     path.write_text("val/loss,n,d\n1.5,many,100\n")
     with pytest.raises(InputError, match="many"):
         runs_table(path)
+
+
+def test_a_row_of_a_study_is_measured_again_by_its_command(benchmark, root, monkeypatch, capsys, tmp_path):
+    study, small = benchmark("scaling"), ["data.source=synthetic", "hyperparams.num_titles=600", "hyperparams.vocab_size=300"]
+    configured = study.configured
+    monkeypatch.setattr(study, "configured", lambda *shape: configured(*shape, *small))
+    monkeypatch.setattr(study, "SIZES", [(24, 2, 2), (32, 2, 2)])
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    monkeypatch.setenv("HN_TITLES", "none")
+    monkeypatch.setattr("sys.argv", ["scaling.py", "runs"])
+    study.main()
+    rows = list(csv.DictReader((tmp_path / "scaling.csv").open()))
+    assert len({row["command"] for row in rows}) == len(rows) == 2 * 3 + 2 + 2
+    capsys.readouterr()
+    for row in rows[1], rows[-1]:
+        monkeypatch.setattr("sys.argv", shlex.split(row["command"])[1:])
+        study.main()
+        again = ast.literal_eval(capsys.readouterr().out)
+        assert {k: str(v) for k, v in again.items() if k != "cpu_seconds"} == {k: row[k] for k in again if k != "cpu_seconds"}
+    assert list(csv.DictReader((tmp_path / "scaling.csv").open())) == rows
+    monkeypatch.setattr("sys.argv", ["scaling.py", "runs", "--run", "width=25"])
+    with pytest.raises(SystemExit, match="runs width=25: no row of this study"):
+        study.main()
+
+
+@pytest.mark.parametrize("name", ["scaling", "batches", "branches"])
+def test_each_committed_row_has_its_command(benchmark, root, name):
+    study = benchmark("scaling")
+    rows = list(csv.DictReader((root / "benchmarks" / "results" / f"{name}.csv").open()))
+    assert len({row["command"] for row in rows}) == len(rows)
+    for row in rows:
+        _, script, kind, _, *key = shlex.split(row["command"])
+        assert script == "benchmarks/scaling.py" and study.STUDIES[kind][1] == f"{name}.csv"
+        assert study.is_row(row, dict(part.split("=") for part in key)), row
 
 
 def test_the_committed_study_is_what_its_script_says(benchmark, root):

@@ -192,6 +192,8 @@ def test_a_run_of_the_width_study_is_the_one_its_name_says(study, monkeypatch):
     one, again, other, narrow = (study.measure(f"muon-{name}-1", few) for name in names)
     assert one["loss"] == again["loss"] not in (other["loss"], narrow["loss"]) and one["lr"] == 2**-6 and one["d"] == 3 * 8 * 64
     assert study.measure("adamw-mup-192-7-1", few)["loss"] == study.measure("adamw-standard-192-7-1", few)["loss"]
+    checked = study.measure("adamw-mup-32-1", few)
+    assert checked == study.check("adamw", "mup", 32, 1, few) != study.check("adamw", "standard", 64, 1, few)
 
 
 def test_the_committed_tables_are_what_their_scripts_say(root, study):
@@ -199,6 +201,7 @@ def test_the_committed_tables_are_what_their_scripts_say(root, study):
     keys = {(r["optimizer"], r["parametrisation"], int(r["width"]), int(r["seed"])) for r in changes}
     assert len(keys) == len(changes) == 2 * 2 * len(study.CHECKED) * len(study.CHECK_SEEDS)
     assert {w for _, _, w, _ in keys} == set(study.CHECKED)
+    assert all(r["command"] == study.command_of(study.named(*key)) for r, key in ((r, tuple(r.values())[:4]) for r in changes))
     rows, sizes = list(csv.DictReader((root / "benchmarks" / "results" / "width.csv").open())), {}
     assert len({r["name"] for r in rows}) == len(rows) and not study.left(rows)
     for r in rows:
