@@ -102,9 +102,6 @@ def assessed() -> Study:
 
 CASED = ["tokenizer.kind=cased"]  # letters and their case apart
 WHOLE = ["hyperparams.rows=titles", "hyperparams.shuffle=true"]  # whole titles in a row, in a new order for each epoch
-ADAPTIVE = ["model_configs.gpt.embedding_cutoff=4000", "model_configs.gpt.n_layer=6"]  # few numbers for rare pieces, two more blocks
-WIDER = ["model_configs.gpt.embedding_cutoff=2500", "model_configs.gpt.d_model=192", "model_configs.gpt.n_layer=6"]  # fewer, wider vectors
-SHORTCUTS = ["model_configs.gpt.token_shift=true", "model_configs.gpt.embedding_skips=true"]
 NO_NGRAMS = ["model_configs.gpt.embedding_ngrams=0"]
 ONE_SOFTMAX = ["model_configs.gpt.embedding_cutoff=0", "model_configs.gpt.d_model=128", "model_configs.gpt.n_layer=4"]  # in as many numbers
 
@@ -120,18 +117,15 @@ def decay(matrices: str, embeddings: str) -> list[str]:
 
 
 def screen3() -> Study:
-    "Letters and case apart, and one change at a time, on two epochs."
-    changes = {"cased": [], "decay-0.6": ["hyperparams.decay=0.6"], "batch-8": ["hyperparams.batch_size=8"]}
-    return changed(FIRST, [*CASED, "hyperparams.epochs=2"], changes)
+    "Letters and case apart, and a longer decay, on two epochs."
+    return changed(FIRST, [*CASED, "hyperparams.epochs=2"], {"cased": [], "decay-0.6": ["hyperparams.decay=0.6"]})
 
 
 def half() -> Study:
     "The same on four epochs of half the titles, at the end of which a model overfits as it does after seven of all."
     return changed(FIRST, [*CASED, "hyperparams.num_titles=50000", "hyperparams.epochs=4"], {
         "cased": [], "weight-decay-0.1": ["hyperparams.weight_decay=0.1"], "whole-titles": WHOLE,
-        "dropout-0.05": dropout("0.05"), "dropout-0.15": dropout("0.15"),
-        "adaptive": [*WHOLE, *ADAPTIVE], "shortcuts": [*WHOLE, *ADAPTIVE, *SHORTCUTS],
-        "recipe": [*WHOLE, *WIDER, *SHORTCUTS, *dropout("0.15")]})
+        "dropout-0.05": dropout("0.05"), "dropout-0.15": dropout("0.15")})
 
 
 def full() -> Study:
@@ -146,10 +140,11 @@ def full() -> Study:
              "-without-wsd": ["hyperparams.scheduler=cosine"]}
     second = {"": "0.15", "-dropout-0.05": "0.05", "-dropout-0.1": "0.1"}
     final = {"final": [], **{f"second{name}": [*NO_NGRAMS, *decay("0", "0.01"), *dropout(p)] for name, p in second.items()},
-             "decay-0.3-dropout-0.1": [*decay("0.3", "0.3"), *dropout("0.1")], "dropout-0.15": dropout("0.15"),
+             "decay-0.3-dropout-0.1": [*decay("0.3", "0.3"), *dropout("0.1")],
              "without-ngrams": NO_NGRAMS, "without-decay": decay("0", "0.01"), "without-cased": ["tokenizer.kind=unigram"],
              "without-adaptive": [*NO_NGRAMS, *ONE_SOFTMAX],
              "without-whole-titles": ["hyperparams.rows=stream", "hyperparams.shuffle=false"],
+             "stream-shuffled": ["hyperparams.rows=stream"],
              "without-shortcuts": ["model_configs.gpt.token_shift=false", "model_configs.gpt.embedding_skips=false"]}
     return {"control": (control, ["hyperparams.lr=2.0e-3"]), "control-lr-4.0e-3": (control, ["hyperparams.lr=4.0e-3"]),
             **{f"first{name}": (FIRST, change) for name, change in first.items()}, **changed(RECIPE, [], final)}
@@ -162,15 +157,13 @@ def alone() -> Study:
 
 
 def scaled() -> Study:
-    "The two recipes of the full track at 10 million parameters for one pass and for three, and one with what the second round found."
+    "The recipes of the full track at 10 million parameters: for one pass and for three, and for three with what the second round found."
     width = ["model_configs.gpt.d_model=208", "model_configs.gpt.hidden_layer=208"]
-    three = ["hyperparams.epochs=3", "hyperparams.evals_per_epoch=1"]
-    passes = {"": ["hyperparams.epochs=1"], "-three": three}
-    found = [*CASED, *WHOLE, *SHORTCUTS, "model_configs.gpt.embedding_cutoff=2500", "model_configs.gpt.embedding_ngrams=4096",
-             "model_configs.gpt.n_layer=16", "hyperparams.adamw_weight_decay=0.1"]  # in as many parameters
+    passes = {"": ["hyperparams.epochs=1"], "-three": ["hyperparams.epochs=3", "hyperparams.evals_per_epoch=1"]}
     runs = {f"{name}{more}": (f"sweeps/sota/{name}.yaml", [*budget, *width])
             for name in ("full", "public_best") for more, budget in passes.items()}
-    return {**runs, "full-found-three": ("sweeps/sota/full.yaml", [*three, *width, *found])}
+    deeper = ["model_configs.gpt.n_layer=16"]  # in as many parameters
+    return {**runs, "full_found-three": ("sweeps/sota/full_found.yaml", [*passes["-three"], *width, *deeper])}
 
 
 STUDIES = {"full": full, "alone": alone, "scaled": scaled, "attention": attention, "control": control, "screen": screen, "screen2": screen2,
