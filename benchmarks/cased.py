@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mainrun_nb.checkpoint import atomic_write, load_run
-from mainrun_nb.data import joined_chars
+from mainrun_nb.data import joined_chars, title_slices
 from mainrun_nb.evaluate import scoring, windows
 from mainrun_nb.runtime import versions
 from mainrun_nb.trainer import prepare_data
@@ -49,14 +49,14 @@ def token_nats(model: Any, ids: Tensor, context_length: int) -> tuple[Tensor, Te
 
 
 def scored(run_dir: str) -> dict[str, Any]:
-    "A run's validation titles, their token ids, and the loss of each token."
+    "A run's validation titles, their tokens, and the loss of each."
     cfg, model, tokenizer = load_run(run_dir)
     data = prepare_data(cfg, tokenizer)
     whole, case = token_nats(model, data.val_ids, cfg.hyperparams.context_length)
-    ends = np.flatnonzero(data.val_ids.numpy() == tokenizer.eos_id)
-    assert len(ends) == len(data.val_titles)
-    titles = np.add.reduceat(whole.numpy(), np.concatenate([[0], ends[:-1] + 1]))
-    return {"titles": data.val_titles, "ids": data.val_ids, "case": case.numpy(), "by_title": titles, "tokenizer": tokenizer}
+    starts, sizes = title_slices(data.val_ids.numpy())
+    assert len(starts) == len(data.val_titles)
+    return {"titles": data.val_titles, "ids": data.val_ids, "starts": starts, "sizes": sizes, "nats": whole.numpy(), "case": case.numpy(),
+            "by_title": np.add.reduceat(whole.numpy(), starts), "tokenizer": tokenizer, "context_length": cfg.hyperparams.context_length}
 
 
 def by_class(run: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -77,7 +77,7 @@ def by_kind(plain: dict[str, Any], cased: dict[str, Any]) -> dict[str, dict[str,
     a, b = plain["by_title"], cased["by_title"]
     return {name: {"share": float(on.mean()), "without": float(a[on].sum() / chars[on].sum()),
                    "cased": float(b[on].sum() / chars[on].sum()), "gain": float((b < a)[on].mean())}
-            for name, on in rows.items()}
+            for name, on in rows.items() if on.any()}
 
 
 def main() -> None:

@@ -9,34 +9,23 @@ of `context_length` tokens. Of a title that reaches into the next window, the to
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from cased import token_nats
+from cased import scored
 
-from mainrun_nb.checkpoint import atomic_write, load_run
+from mainrun_nb.checkpoint import atomic_write
 from mainrun_nb.data import joined_chars
 from mainrun_nb.runtime import versions
-from mainrun_nb.trainer import prepare_data
 
 RESULTS = Path(__file__).parent / "results" / "cuts.json"
 
 
-def scored(run_dir: str) -> tuple[np.ndarray, dict[str, np.ndarray], int]:
-    "Loss of each validation token, which tokens are of which group, and the characters of all."
-    cfg, model, tokenizer = load_run(run_dir)
-    data = prepare_data(cfg, tokenizer)
-    nats, _ = token_nats(model, data.val_ids, cfg.hyperparams.context_length)
-    return nats.numpy(), groups(data.val_ids.numpy(), tokenizer.eos_id, cfg.hyperparams.context_length), joined_chars(data.val_titles)
-
-
-def groups(ids: np.ndarray, eos: int, context_length: int) -> dict[str, np.ndarray]:
+def groups(run: dict[str, Any]) -> dict[str, np.ndarray]:
     "Masks of the tokens: of titles in one window; of the others, those in the first window and those in the next."
-    ends = np.flatnonzero(ids == eos)
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    cut, window, title = starts // context_length != ends // context_length, np.arange(len(ids)) // context_length, np.arange(len(ends))
-    of = np.repeat(title, ends - starts + 1)  # title of each token
-    after = cut[of] & (window != starts[of] // context_length)
-    return {"titles in one window": ~cut[of], "before the cut": cut[of] & ~after, "after the cut": after}
+    window, starts, sizes = np.arange(len(run["ids"])) // run["context_length"], run["starts"], run["sizes"]
+    first, last = (np.repeat(window[at], sizes) for at in (starts, starts + sizes - 1))  # of each token's title
+    return {"titles in one window": first == last, "before the cut": (first != last) & (window == first), "after the cut": window != first}
 
 
 def main() -> None:
@@ -44,10 +33,11 @@ def main() -> None:
     ap.add_argument("whole_run")
     ap.add_argument("stream_run")
     args = ap.parse_args()
-    (whole, masks, chars), (stream, same, _) = scored(args.whole_run), scored(args.stream_run)
-    assert all((masks[name] == same[name]).all() for name in masks)
+    runs = scored(args.whole_run), scored(args.stream_run)
+    assert (runs[0]["ids"] == runs[1]["ids"]).all() and runs[0]["context_length"] == runs[1]["context_length"]
+    (whole, stream), chars = (run["nats"] for run in runs), joined_chars(runs[0]["titles"])
     rows = {name: {"share": float(on.mean()), "whole": float(whole[on].mean()), "stream": float(stream[on].mean()),
-                   "whole above stream": float((whole[on].sum() - stream[on].sum()) / chars)} for name, on in masks.items()}
+                   "whole above stream": float((whole[on].sum() - stream[on].sum()) / chars)} for name, on in groups(runs[0]).items()}
     result = {"runs": {"whole": args.whole_run, "stream": args.stream_run},
               "loss": {"whole": float(whole.sum() / chars), "stream": float(stream.sum() / chars)}, "tokens": rows, "versions": versions()}
     atomic_write(RESULTS, json.dumps(result, indent=1) + "\n")

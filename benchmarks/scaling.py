@@ -193,19 +193,22 @@ def command_of(name: str, key: Key) -> str:
     return shlex.join(["python", "benchmarks/scaling.py", name, "--run", *(f"{k}={v}" for k, v in key.items())])
 
 
-def make(name: str, only: list[str] | None) -> None:
-    "Measure the rows that a study's table lacks, and write each as it ends; or measure one row again, and write nothing."
+def make(name: str) -> None:
+    "Measure the rows that a study's table lacks, and write each as it ends."
     study, file = STUDIES[name]
     for key, measure in study():
-        if only is not None:
-            if only == [f"{k}={v}" for k, v in key.items()]:
-                print(measure())
-                return
-        elif not any(is_row(row, key) for row in read_rows(RESULTS / file)):
+        if not any(is_row(row, key) for row in read_rows(RESULTS / file)):
             add_rows(RESULTS / file, row := measure() | {"command": command_of(name, key)})
             print(row, flush=True)
-    if only is not None:
-        raise SystemExit(f"{name} {' '.join(only)}: no row of this study")
+
+
+def measure_again(name: str, asked: list[str]) -> None:
+    "Measure one row of a study, and write nothing."
+    for key, measure in STUDIES[name][0]():
+        if asked == [f"{k}={v}" for k, v in key.items()]:
+            print(measure())
+            return
+    raise SystemExit(f"{name} {' '.join(asked)}: no row of this study")
 
 
 def main() -> None:
@@ -218,8 +221,11 @@ def main() -> None:
     if "HN_TITLES" not in os.environ:
         parser.exit(0, "scaling.py: nothing was measured; HN_TITLES must name a file of titles\n")
     torch.set_num_threads(1)
+    if args.run:
+        measure_again(args.study, args.run)
+        return
     for name in [args.study] if args.study else STUDIES:
-        make(name, args.run)
+        make(name)
 
 
 if __name__ == "__main__":

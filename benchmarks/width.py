@@ -28,6 +28,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -131,11 +132,21 @@ def left(rows: list[dict[str, str]]) -> list[str]:
     return names
 
 
+def checks() -> Iterator[tuple[str, str, int, int]]:
+    "Optimizer, parametrisation, width and seed of each row of the first table."
+    yield from product(("adamw", "muon"), ("standard", "mup"), CHECKED, CHECK_SEEDS)
+
+
+def is_name(name: str) -> bool:
+    "Whether a row of either table could have this name."
+    curve = "|".join(named(*curve) for curve in curves())
+    return name in {named(*key) for key in checks()} or bool(re.fullmatch(rf"({curve})-\d+-\d+", name))
+
+
 def make_coordinates(path: Path) -> None:
     "The rows that the first table lacks."
     done = [(row["optimizer"], row["parametrisation"], row["width"], row["seed"]) for row in read_rows(path)]
-    kinds = [(o, p, w, s) for o in ("adamw", "muon") for p in ("standard", "mup") for w in CHECKED for s in CHECK_SEEDS]
-    todo = [key for key in kinds if tuple(map(str, key)) not in done]
+    todo = [key for key in checks() if tuple(map(str, key)) not in done]
     data = prepare_data(configured("adamw", WIDTHS[0], FIRST, SEED)) if todo else None
     for key in todo:
         add_rows(path, row := check(*key, data))
@@ -163,7 +174,7 @@ def main() -> None:
         parser.exit(0, "width.py: nothing was measured; HN_TITLES must name a file of titles\n")
     torch.set_num_threads(1)
     if args.run:
-        if not re.fullmatch(f"(adamw|muon)-({'|'.join(BASES)})(-[0-9]+){{2,3}}", args.run):
+        if not is_name(args.run):
             parser.error(f"--run {args.run}: not a row's name")
         print(measure(args.run, prepare_data(configured("adamw", WIDTHS[0], FIRST, SEED))))
         return
