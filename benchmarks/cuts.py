@@ -1,9 +1,9 @@
-"""What titles cut by the edge of a window cost two runs, one trained on whole titles and one on a stream: benchmarks/results/cuts.json.
+"""What titles cut by the edge of a window cost runs that read whole titles or a stream: benchmarks/results/cuts.json.
 
-    HN_TITLES=titles.txt.gz python benchmarks/cuts.py WHOLE_RUN STREAM_RUN
+    HN_TITLES=titles.txt.gz python benchmarks/cuts.py NAME=RUN NAME=RUN ...
 
-Both runs are of the same titles and the same vocabulary. Every token of the validation stream is scored once, as in `val/loss`, in windows
-of `context_length` tokens. Of a title that reaches into the next window, the tokens there are scored without its beginning.
+The runs are of the same titles, vocabulary and `context_length`. Every token of the validation stream is scored once, as in `val/loss`, in
+windows of `context_length` tokens. Of a title that reaches into the next window, the tokens there are scored without its beginning.
 """
 
 import argparse
@@ -30,16 +30,17 @@ def groups(run: dict[str, Any]) -> dict[str, np.ndarray]:
 
 def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("whole_run")
-    ap.add_argument("stream_run")
-    args = ap.parse_args()
-    runs = scored(args.whole_run), scored(args.stream_run)
-    assert (runs[0]["ids"] == runs[1]["ids"]).all() and runs[0]["context_length"] == runs[1]["context_length"]
-    (whole, stream), chars = (run["nats"] for run in runs), joined_chars(runs[0]["titles"])
-    rows = {name: {"share": float(on.mean()), "whole": float(whole[on].mean()), "stream": float(stream[on].mean()),
-                   "whole above stream": float((whole[on].sum() - stream[on].sum()) / chars)} for name, on in groups(runs[0]).items()}
-    result = {"runs": {"whole": args.whole_run, "stream": args.stream_run},
-              "loss": {"whole": float(whole.sum() / chars), "stream": float(stream.sum() / chars)}, "tokens": rows, "versions": versions()}
+    ap.add_argument("run", nargs="+", help="NAME=FOLDER of a finished run")
+    folders = dict(text.split("=", 1) for text in ap.parse_args().run)
+    runs = {name: scored(folder) for name, folder in folders.items()}
+    first = next(iter(runs.values()))
+    assert all((run["ids"] == first["ids"]).all() and run["context_length"] == first["context_length"] for run in runs.values())
+    chars = joined_chars(first["titles"])
+    rows = {name: {"share": float(on.mean()), "nats per token": {run: float(of["nats"][on].mean()) for run, of in runs.items()},
+                   "nats per character": {run: float(of["nats"][on].sum() / chars) for run, of in runs.items()}}
+            for name, on in groups(first).items()}
+    result = {"runs": folders, "loss": {name: float(run["nats"].sum() / chars) for name, run in runs.items()}, "tokens": rows,
+              "versions": versions()}
     atomic_write(RESULTS, json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 

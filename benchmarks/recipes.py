@@ -101,7 +101,8 @@ def assessed() -> Study:
 
 
 CASED = ["tokenizer.kind=cased"]  # letters and their case apart
-WHOLE = ["hyperparams.rows=titles", "hyperparams.shuffle=true"]  # whole titles in a row, in a new order for each epoch
+TITLES = ["hyperparams.rows=titles"]  # rows of whole titles, as the third recipe still had them
+WHOLE = [*TITLES, "hyperparams.shuffle=true"]  # in a new order for each epoch
 NO_NGRAMS = ["model_configs.gpt.embedding_ngrams=0"]
 ONE_SOFTMAX = ["model_configs.gpt.embedding_cutoff=0", "model_configs.gpt.d_model=128", "model_configs.gpt.n_layer=4"]  # in as many numbers
 
@@ -129,7 +130,7 @@ def half() -> Study:
 
 
 def full() -> Study:
-    "All seven passes: the control, also at other rates; the first recipe and the final one, each without one of its parts."
+    "All seven passes: the control, also at other rates; four recipes, one after the other, and what each loses without one of its parts."
     control = "sweeps/sota/small_control.yaml"
     first = {"": [], "-cased": CASED, "-dropout-0.2": dropout("0.2"),
              "-without-muon": ["hyperparams.optimizer=adamw", "hyperparams.lr=4.0e-3", "hyperparams.weight_decay=0.1"],
@@ -138,22 +139,25 @@ def full() -> Study:
              "-without-mask": ["hyperparams.title_mask=false"],
              "-without-rope": ["model_configs.gpt.position=learned"],
              "-without-wsd": ["hyperparams.scheduler=cosine"]}
-    second = {"": "0.15", "-dropout-0.05": "0.05", "-dropout-0.1": "0.1"}
-    final = {"final": [], **{f"second{name}": [*NO_NGRAMS, *decay("0", "0.01"), *dropout(p)] for name, p in second.items()},
-             "decay-0.3-dropout-0.1": [*decay("0.3", "0.3"), *dropout("0.1")],
-             "without-ngrams": NO_NGRAMS, "without-decay": decay("0", "0.01"), "without-cased": ["tokenizer.kind=unigram"],
-             "without-adaptive": [*NO_NGRAMS, *ONE_SOFTMAX],
-             "without-whole-titles": ["hyperparams.rows=stream", "hyperparams.shuffle=false"],
-             "stream-shuffled": ["hyperparams.rows=stream"],
-             "without-shortcuts": ["model_configs.gpt.token_shift=false", "model_configs.gpt.embedding_skips=false"]}
+    rates = {"": "0.15", "-dropout-0.05": "0.05", "-dropout-0.1": "0.1"}
+    second = {f"second{name}": [*NO_NGRAMS, *decay("0", "0.01"), *dropout(p)] for name, p in rates.items()}
+    third = {"third": [], "third-weight-decay-0.3": decay("0.3", "0.3"), "third-without-ngrams": NO_NGRAMS,
+             "third-without-cased": ["tokenizer.kind=unigram"],
+             "third-without-shortcuts": ["model_configs.gpt.token_shift=false", "model_configs.gpt.embedding_skips=false"]}
+    final = {"final": [], "decay-0.5": ["hyperparams.decay=0.5"],
+             "context-256": ["hyperparams.context_length=256", "hyperparams.batch_size=8"],
+             "without-shuffle": ["hyperparams.shuffle=false"], "without-weight-decay": decay("0", "0.01"),
+             "without-adaptive": [*NO_NGRAMS, *ONE_SOFTMAX]}
     return {"control": (control, ["hyperparams.lr=2.0e-3"]), "control-lr-4.0e-3": (control, ["hyperparams.lr=4.0e-3"]),
-            **{f"first{name}": (FIRST, change) for name, change in first.items()}, **changed(RECIPE, [], final)}
+            **{f"first{name}": (FIRST, change) for name, change in first.items()},
+            **changed(RECIPE, TITLES, second | third), **changed(RECIPE, [], final)}
 
 
 def alone() -> Study:
     "One of the seven passes of control and recipes, each with the whole machine to itself: what the track's minutes are measured by."
     files = {name: (f"sweeps/sota/{name}.yaml", ["hyperparams.epochs=1"]) for name in ("small", "small_first", "small_control")}
-    return {**files, "second": (RECIPE, ["hyperparams.epochs=1", *NO_NGRAMS, *decay("0", "0.01"), *dropout("0.15")])}
+    return {**files, "third": (RECIPE, [*TITLES, "hyperparams.epochs=1"]),
+            "second": (RECIPE, [*TITLES, "hyperparams.epochs=1", *NO_NGRAMS, *decay("0", "0.01"), *dropout("0.15")])}
 
 
 def scaled() -> Study:
@@ -163,7 +167,7 @@ def scaled() -> Study:
     runs = {f"{name}{more}": (f"sweeps/sota/{name}.yaml", [*budget, *width])
             for name in ("full", "public_best") for more, budget in passes.items()}
     deeper = ["model_configs.gpt.n_layer=16"]  # in as many parameters
-    return {**runs, "full_found-three": ("sweeps/sota/full_found.yaml", [*passes["-three"], *width, *deeper])}
+    return {**runs, "full_found-three": ("sweeps/sota/full_found.yaml", [*TITLES, *passes["-three"], *width, *deeper])}
 
 
 STUDIES = {"full": full, "alone": alone, "scaled": scaled, "attention": attention, "control": control, "screen": screen, "screen2": screen2,
