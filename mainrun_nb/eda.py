@@ -126,7 +126,8 @@ BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"  # Okabe and Ito's colours
 def plot_openings(ax: Any, titles: Sequence[str], most: int = 12) -> None:
     "Bars of the most common two-word openings."
     found = openings(titles, most=most)[::-1]
-    ax.barh([name for name, _ in found], [100 * n / len(titles) for _, n in found], color=BLUE)
+    ax.barh(range(len(found)), [100 * n / len(titles) for _, n in found], color=BLUE)
+    ax.set_yticks(range(len(found)), [name for name, _ in found], parse_math=False)
     ax.set(xlabel="share of titles (%)")
 
 # %% ../nbs/04_eda.ipynb #143c4dfc
@@ -316,7 +317,7 @@ Part = tuple[Rows, dict[str, list[Drawing]]]  # rows of the table; pictures: nam
 def save_pictures(
     folder: Path,
     pictures: dict[str, list[Drawing]],  # file name without .png -> its panels, side by side
-) -> list[str]:  # names of the files
+) -> None:
     "Draw each picture into `folder`."
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -330,7 +331,6 @@ def save_pictures(
             warnings.simplefilter("ignore", UserWarning)
             fig.savefig(buffer := io.BytesIO(), format="png", dpi=110)
         atomic_write(folder / f"{name}.png", buffer.getvalue())
-    return [f"{name}.png" for name in pictures]
 
 # %% ../nbs/04_eda.ipynb #5eb91bfd
 def explore_titles(train: list[str], val: list[str]) -> Part:
@@ -408,10 +408,11 @@ def explore(
         if make_tokenizer:
             parts.append(explore_tokens(train, val, make_tokenizer(train, val)))
         rows, pictures = join_parts(parts)
-        files = ["eda.md", "eda.json", *save_pictures(folder, pictures)]
+        files = ["eda.md", "eda.json", *(f"{name}.png" for name in pictures)]
         result = dict(source=cfg.data.source, rows=rows, openings=openings([*train, *val], most=30), files=files)
         atomic_write(folder / "eda.md", markdown(rows))
         atomic_write(folder / "eda.json", json.dumps(result, indent=1, ensure_ascii=False))
+        save_pictures(folder, pictures)
     except (OSError, RunError) as e:
         raise InputError(f"{folder}: cannot be written ({e.strerror})" if isinstance(e, OSError) else str(e)) from None
     return result

@@ -1,13 +1,18 @@
 """The data analysis: counts by hand, overlaps against their definition, any source from one title to real ones."""
+import html
+import io
 import json
 import random
+import re
 import resource
 import struct
 from collections import Counter
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from mainrun_nb import eda
 from mainrun_nb.config import InputError, load_config
@@ -167,7 +172,8 @@ def test_explore_without_a_tokenizer_has_no_token_rows(tmp_path):
     assert not any("token" in name for name in found["rows"]) and "scripts.png" not in found["files"]
 
 
-@pytest.mark.parametrize("titles", [["x"], ["same title"] * 30, ["|pipe|", "a  b", "?!", "日本語", "tab\tinside", "<eos>"] * 4])
+@pytest.mark.parametrize("titles", [["x"], ["same title"] * 30, ["|pipe|", "a  b", "?!", "日本語", "tab\tinside", "<eos>"] * 4,
+                                    ["PHP: $_$ again", "$5 $10 and more"]])
 def test_explore_takes_odd_titles(tmp_path, titles):
     (tmp_path / "titles.txt").write_text("\n".join(titles), encoding="utf-8")
     cfg = load_config(overrides=[f"data.source={tmp_path / 'titles.txt'}", f"hyperparams.num_titles={len(titles)}"])
@@ -175,6 +181,27 @@ def test_explore_takes_odd_titles(tmp_path, titles):
     width = {line.replace("\\|", "").count("|") for line in (tmp_path / "out" / "eda.md").read_text(encoding="utf-8").splitlines()}
     assert len(width) == 1, "every row of the table has the same number of cells"
     assert found["rows"]["titles"]["combined"] == len(titles)
+
+
+@pytest.mark.parametrize("opening", ["PHP: $_$", "$5 $10", r"\$5 $", "$x^2$ {"])
+def test_an_opening_is_drawn_as_it_is_written(opening):
+    """Not as a formula, for which matplotlib takes what stands between two dollars."""
+    fig = Figure()
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        eda.plot_openings(fig.subplots(), [f"{opening} dollars", "Show HN: no dollars"])
+        fig.savefig(buffer := io.StringIO(), format="svg")
+    drawn = [html.unescape(text) for text in re.findall(r"<text[^>]*>([^<]*)</text>", buffer.getvalue())]
+    assert opening in drawn and "Show HN:" in drawn
+
+
+def test_the_tables_do_not_wait_for_the_pictures(tmp_path):
+    def draw(ax):
+        raise ValueError("what matplotlib cannot draw")
+
+    with pytest.raises(ValueError, match="cannot draw"):
+        eda.explore(synthetic(20), tmp_path, more=[lambda train, val: ({"a row": {"train": 1}}, {"a picture": [draw]})])
+    assert "| a row | 1 |" in (tmp_path / "eda.md").read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "eda.json").read_text(encoding="utf-8"))["rows"]["a row"] == {"train": 1}
 
 
 def test_explore_complains_in_one_line(tmp_path):
