@@ -16,6 +16,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -222,20 +223,21 @@ def file_values(
     return READERS[reader_of(path)](raw, str(path), data) if raw.strip() else []
 
 # %% ../nbs/01a_formats.ipynb #7eac1c75
-def walk(folder: Path) -> tuple[list[Path], list[str]]:
-    "The files of titles below a folder, sorted, and those that are none, each with the reason. Raises `InputError`."
+def walk(folder: Path) -> tuple[list[Path], dict[Path, str]]:
+    "The files of titles below a folder, and those that are none, each with the reason. Raises `InputError`."
     def denied(e: OSError) -> None:
         raise InputError(f"{e.filename}: cannot be read ({e.strerror})")
 
-    files, left = [], []
+    files: list[Path] = []
+    left: dict[Path, str] = {}
     for place, folders, names in os.walk(folder, onerror=denied):
         reasons = {name: "hidden" for name in (*folders, *names) if name.startswith(".")}
         reasons |= {name: "a link to a folder" for name in folders if Path(place, name).is_symlink()}
         reasons |= {name: "no kind of file that is read" for name in names if not reader_of(Path(name)) and name not in reasons}
         files += [Path(place, name) for name in names if name not in reasons]
-        left += [f"{Path(place, name).relative_to(folder)} ({why})" for name, why in reasons.items()]
+        left |= {Path(place, name): why for name, why in reasons.items()}
         folders[:] = [name for name in folders if name not in reasons]
-    return sorted(files, key=str), sorted(left)
+    return files, left
 
 # %% ../nbs/01a_formats.ipynb #f7ee382b
 SPLITS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation", "dev": "validation",
@@ -247,36 +249,46 @@ def split_of(name: str) -> str:
     return next((SPLITS[word] for word in re.split(r"[-._ 0-9/\\]+", name.lower()) if word in SPLITS), "")
 
 
-def of_split(files: list[Path], folder: Path, split: str) -> tuple[list[Path], list[str]]:
+def fixed_part(source: Path) -> Path:
+    "The folder, or the one that every path that a pattern can match begins with."
+    return source if source.is_dir() else Path(*takewhile(lambda part: not glob.has_magic(part), source.parts))
+
+
+def of_split(files: list[Path], source: Path, split: str) -> tuple[list[Path], dict[Path, str]]:
     "The files that belong to a split or to none, and the others with the reason. Raises `InputError` where there is no such split."
+    folder = fixed_part(source)
     own = {path: split_of(str(path.relative_to(folder))) for path in files}
     if split not in own.values():
-        if split != "train" and files:
+        if split != "train" and files and (any(own.values()) or split_of(folder.name) != split):
             hint = did_you_mean(split, {*own.values()} - {""}) if any(own.values()) else ""
-            raise InputError(f"data.split: {folder} has no file that is named after {shown(split)}.{hint}")
-        return files, []
-    return ([path for path in files if own[path] in ("", split)],
-            [f"{path.relative_to(folder)} (split {own[path]})" for path in files if own[path] not in ("", split)])
+            raise InputError(f"data.split: {source} has no file that is named after {shown(split)}.{hint}")
+        return files, {}
+    others = {path: f"split {name}" for path, name in own.items() if name not in ("", split)}
+    return [path for path in files if path not in others], others
 
 # %% ../nbs/01a_formats.ipynb #ef14114c
-def in_folder(folder: Path, split: str) -> tuple[list[Path], list[str]]:
-    "The files of titles below a folder that belong to a split, and what is left out."
-    files, left = walk(folder)
-    files, others = of_split(files, folder, split)
-    return files, left + others
-
-
-def by_kind(path: Path) -> tuple[list[Path], list[str]]:
-    "A file that a pattern matches: to be read, or left out."
-    return ([path], []) if reader_of(path) else ([], [f"{path} (no kind of file that is read)"])
+def stands_for(source: Path) -> tuple[list[Path], dict[Path, str]]:
+    "The files of titles of a folder or pattern, of every split, sorted, and those that are none, with the reason. Raises `InputError`."
+    files: set[Path] = set()
+    left: dict[Path, str] = {}
+    for match in [source] if source.is_dir() else map(Path, glob.glob(str(source), recursive=True)):
+        if match.is_dir():
+            more, others = walk(match)
+            files.update(more)
+            left.update(others)
+        elif reader_of(match):
+            files.add(match)
+        else:
+            left[match] = "no kind of file that is read"
+    return sorted(files, key=str), dict(sorted(left.items()))
 
 # %% ../nbs/01a_formats.ipynb #167e1015
-def each_once(files: Iterable[Path]) -> tuple[list[Path], list[str]]:
-    "The files, sorted, without those that are another one under a second name."
+def each_once(files: Iterable[Path], folder: Path) -> tuple[list[Path], dict[Path, str]]:
+    "The files without those that are another one under a second name, and these with the reason."
     names: dict[str, list[Path]] = {}
-    for path in sorted(files, key=str):
+    for path in files:
         names.setdefault(os.path.realpath(path), []).append(path)
-    again = [f"{path} (the same file as {first})" for first, *others in names.values() for path in others]
+    again = {path: f"the same file as {first.relative_to(folder)}" for first, *others in names.values() for path in others}
     return [first for first, *_ in names.values()], again
 
 # %% ../nbs/01a_formats.ipynb #73ed77d7
@@ -298,16 +310,21 @@ def title_files(
     source: str | Path,  # a file, a folder or a pattern
     split: str = "train",
 ) -> tuple[list[Path], list[str]]:  # the files, sorted; what was left out, with the reason
-    "The files that a source stands for, each once. Raises `InputError` where there is none."
+    """The files that a source stands for, each once. Raises `InputError` where there is none.
+
+    Where some of a folder's or pattern's files are named after the split, those named after another are left out.
+    A file, and a pattern that asks for the files of another split alone, is read as it is asked for.
+    """
     path = as_path(source)
     if path.exists() and not path.is_dir():
         return [path], []
     if not path.exists() and not path.is_symlink() and not glob.has_magic(str(path)):
         raise no_such(str(source))
-    matches = [path] if path.is_dir() else sorted(map(Path, glob.glob(str(path), recursive=True)))
-    parts = [in_folder(match, split) if match.is_dir() else by_kind(match) for match in matches]
-    found, again = each_once({file for files, _ in parts for file in files})
-    left = [why for _, more in parts for why in more] + again
+    folder, (files, unread) = fixed_part(path), stands_for(path)
+    files, others = of_split(files, path, split)
+    found, again = each_once(files, folder)
+    read = {*found, *chain.from_iterable(file.parents for file in found)}  # what a walk leaves out, a pattern may match
+    left = [f"{p.relative_to(folder)} ({why})" for p, why in (unread | others | again).items() if p not in read]
     if not found:
         what = "the folder holds" if path.is_dir() else "the pattern matches"
         raise InputError(f"{source}: {what} no file of titles{few(left)}; known: {KINDS}")

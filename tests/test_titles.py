@@ -15,6 +15,7 @@ from test_data import refusal
 from mainrun_nb import cli, formats, sources
 from mainrun_nb.config import DataConfig, InputError, load_config, tiny
 from mainrun_nb.data import fingerprint, read_split
+from mainrun_nb.formats import title_files
 from mainrun_nb.sources import all_titles, draw_titles, load_titles, read_titles
 from mainrun_nb.synthetic import sample_titles
 from mainrun_nb.trainer import evaluate_run, train
@@ -217,7 +218,7 @@ def make(tmp_path, name, content):
     ("mixed", {"a.csv": b"title\nx\n", "b.csv": b"headline\ny\n"}, "b.csv: no column 'title'"),
     ("mixed", {"a.csv": b"title\nx\n", "b.txt.gz": b"plain"}, "b.txt.gz: not a whole gzip file"),
     ("empty", {}, "no file of titles; known: .txt"),
-    ("none", {"a.pdf": b"x"}, "left out: a.pdf (no kind of file that is read)"),
+    ("none", {"a.pdf": b"x"}, "a.pdf (no kind of file that is read)"),
     ("blank", {"a.csv": b"title\n", "b.txt": b"\n"}, "holds no titles"),
     ("x.csv", {"y.csv": b"name\nx\n"}, "y.csv: no column 'title'"),
     ("a.json", b'[{"title": {"en": "x"}}]', "none of 1 values is a title ({'en': 'x'} is not text)"),
@@ -276,6 +277,60 @@ def test_a_folder_in_the_hubs_layout_keeps_test_titles_out(tmp_path):
     assert "test-00000-of-00001.csv" in all_titles(DataConfig(source=str(tmp_path), split="test"))[0]
     text = refusal(all_titles, DataConfig(source=str(tmp_path), split="validation"))
     assert "has no file that is named after 'validation'. Known: test, train." in text
+
+
+@pytest.mark.parametrize("source, split, read, left", [
+    ("ds", "train", "extra.csv train/a.csv", "test/b.csv"),
+    ("ds/", "test", "extra.csv test/b.csv", "train/a.csv"),
+    ("ds/*", "train", "extra.csv train/a.csv", "test/b.csv"),
+    ("ds/**", "train", "extra.csv train/a.csv", "test/b.csv"),
+    ("ds/**/*.csv", "test", "extra.csv test/b.csv", "train/a.csv"),
+    ("ds/*/*", "train", "train/a.csv", "test/b.csv"),
+    ("*/*", "train", "extra.csv train/a.csv flat/train-0.csv", "ds/test/b.csv flat/test.csv"),
+    ("flat/**", "train", "train-0.csv", "test.csv"),
+    ("flat/*", "test", "test.csv", "train-0.csv"),
+    ("flat/t*.csv", "train", "train-0.csv", "test.csv"),
+    ("flat/test*.csv", "train", "test.csv", ""),  # asks for the files of one split
+    ("flat/test*.csv", "test", "test.csv", ""),
+    ("ds/test/*", "train", "b.csv", ""),
+    ("ds/test/*", "test", "b.csv", ""),
+    ("ds/test", "test", "b.csv", ""),
+    ("ds/e*", "train", "extra.csv", ""),
+])
+def test_patterns_and_folders_keep_to_the_same_split(tmp_path, monkeypatch, source, split, read, left):
+    for name in ("ds/train/a.csv", "ds/test/b.csv", "ds/extra.csv", "flat/train-0.csv", "flat/test.csv"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"title\n{name}\n")
+    monkeypatch.chdir(tmp_path)
+    for where in ("", f"{tmp_path}/"):
+        found, account = all_titles(DataConfig(source=where + source, split=split))
+        assert len(found) == len(read.split()) and all(any(f.endswith(r) for f in found) for r in read.split())
+        assert account.left_out == [f"{name} (split {'test' if 'test' in name else 'train'})" for name in left.split()]
+
+
+@pytest.mark.parametrize("source", ["flat/test*.csv", "ds/train/*", "ds/train", "ds/e*"])
+def test_a_pattern_without_the_split_that_is_asked_for(tmp_path, monkeypatch, source):
+    for name in ("ds/train/a.csv", "ds/extra.csv", "flat/test.csv"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("title\nx\n")
+    monkeypatch.chdir(tmp_path)
+    said = refusal(all_titles, DataConfig(source=source, split="validation"))
+    assert f"data.split: {source} has no file that is named after 'validation'." in said
+
+
+def test_what_is_read_is_not_left_out(tmp_path, monkeypatch):
+    for name in ("posts/a.csv", "posts/.b.csv", "posts/notes.md", "elsewhere/c.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"title\n{name}\n")
+    (tmp_path / "posts/link").symlink_to(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    for source, read, left in [
+        ("posts", ["a"], [".b.csv (hidden)", "link (a link to a folder)", "notes.md (no kind of file that is read)"]),
+        ("posts/**", ["a", "c"], [".b.csv (hidden)", "notes.md (no kind of file that is read)"]),
+        ("posts/.*", [".b"], []),
+    ]:
+        files, found = title_files(source)
+        assert sorted(p.name for p in files) == sorted(f"{name}.csv" for name in read) and found == left
 
 
 @pytest.mark.parametrize("wrong", ["hf:a/b/c/d", "hf:/x", "hf:../../etc", "'hf:a b'", "hf:https://huggingface.co/datasets/a/b"])
