@@ -640,6 +640,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'mainrun_nb.messages': { 'mainrun_nb.messages.InputError': ('messages.html#inputerror', 'mainrun_nb/messages.py'),
                                      'mainrun_nb.messages.RunError': ('messages.html#runerror', 'mainrun_nb/messages.py'),
                                      'mainrun_nb.messages._keys': ('messages.html#_keys', 'mainrun_nb/messages.py'),
+                                     'mainrun_nb.messages.as_yaml': ('messages.html#as_yaml', 'mainrun_nb/messages.py'),
                                      'mainrun_nb.messages.did_you_mean': ('messages.html#did_you_mean', 'mainrun_nb/messages.py'),
                                      'mainrun_nb.messages.first_line': ('messages.html#first_line', 'mainrun_nb/messages.py'),
                                      'mainrun_nb.messages.scrubbed': ('messages.html#scrubbed', 'mainrun_nb/messages.py'),

@@ -13,7 +13,6 @@ __all__ = ['NAMES', 'HUB_REVISION', 'GROUPS', 'TINY', 'positive', 'at_least', 'b
 # %% ../nbs/00a_config.ipynb #eaba2fcd
 import difflib
 import io
-import json
 import math
 import os
 import re
@@ -29,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 import mainrun_nb
-from .messages import InputError, RunError, did_you_mean, first_line, scrubbed, shown, visible  # noqa: F401 (imported from here too)
+from .messages import InputError, RunError, as_yaml, did_you_mean, first_line, scrubbed, shown, visible  # noqa: F401 (imported from here too)
 
 # %% ../nbs/00a_config.ipynb #4e18f25c
 LARGEST = {int: 2**31 - 1, float: 1e9}  # the largest value of a number, unless its field says otherwise
@@ -252,7 +251,7 @@ class DataConfig:
 
     source: str = "hackernews"  # hackernews, synthetic, hf:OWNER/NAME, or the path of a file or folder or a pattern of paths
     revision: str = HUB_REVISION  # of a data set on the hub; the default is the challenge's, of others main
-    split: str = "train"  # of a data set on the hub or a folder in its layout
+    split: str = "train"  # of a data set on the hub, or of files that are named after their splits
     column: str = "title"  # in files that have columns
     encoding: str = "utf-8"  # of text files
     deduplicate: bool = False  # keep the first of titles that are equal letter for letter
@@ -454,9 +453,9 @@ def _read_override(text: str) -> dict:
     if key.count(".") + key.count("[") > LEVELS:
         raise InputError(f"override {shown(text)}: a key of more than {LEVELS} levels")
     if value.startswith("*") or (" #" in value and value[0] not in "\"'[{"):  # a pattern of paths is no alias, and there are no comments
-        text = f"{key}={json.dumps(value)}"
+        value = as_yaml(value)
     try:
-        tree = OmegaConf.to_container(OmegaConf.from_dotlist([text]), resolve=False)
+        tree = OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={value}"]), resolve=False)
     except Exception:  # as in a file
         raise InputError(f"override {shown(text)}: the value is not valid YAML") from None
     check_interpolations(tree, f"override {shown(text)}")

@@ -76,3 +76,9 @@ def first_line(error: Exception, text: str | None = None) -> str:
     "The first line of what another library has to say (`text`, or all of it), cut where it is long, and without keys."
     text = visible(scrubbed(((text or str(error)).strip().splitlines() or [type(error).__name__])[0]))
     return text if len(text) <= 200 else f"{text[:200]}..."
+
+# %% ../nbs/00_messages.ipynb #068c8ce7
+def as_yaml(value: Any) -> str:
+    "A value on one line of YAML, in ASCII: as JSON, but with YAML's own escape for a character beyond `\\uffff`."
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(c if c <= "~" else f"\\u{ord(c):04x}" if c <= "\uffff" else f"\\U{ord(c):08x}" for c in text)

@@ -33,6 +33,7 @@ import yaml
 from .checkpoint import atomic_write, lock, read_result, read_sealed, sealed
 from .config import InputError, RunError, shipped
 from .gpu import ask
+from .messages import as_yaml
 from .tracking import as_event
 
 # %% ../nbs/29a_trials.ipynb #f1a7c0de
@@ -41,7 +42,7 @@ FINAL = ("complete", "pruned", "failed", "skipped", "invalid")  # how a trial ma
 # %% ../nbs/29a_trials.ipynb #ea8fb3f6
 def override(key: str, value: Any) -> str:
     "A setting as `load_config` takes it."
-    return f"{key}={json.dumps(value)}"
+    return f"{key}={as_yaml(value)}"
 
 # %% ../nbs/29a_trials.ipynb #c7da9bd3
 @dataclass

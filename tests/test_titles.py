@@ -19,6 +19,7 @@ from mainrun_nb.formats import title_files
 from mainrun_nb.sources import all_titles, draw_titles, load_titles, read_titles
 from mainrun_nb.synthetic import sample_titles
 from mainrun_nb.trainer import evaluate_run, train
+from mainrun_nb.trials import override
 
 KINDS = ("txt", "csv", "tsv", "jsonl", "json", "parquet")
 
@@ -179,7 +180,7 @@ def test_the_account_is_in_the_log_and_the_result_and_the_line_is_printed_once(t
     words = "On the of deep sparse graph networks learning fast towards a survey".split()
     rng = random.Random(1)
     mine = [" ".join(rng.choices(words, k=6)) for _ in range(300)]
-    path = write(tmp_path / "a.csv", [*mine, *mine[:40], None], column="headline")
+    path = write(tmp_path / "a🎉.csv", [*mine, *mine[:40], None], column="headline")
     cfg = tiny(f"data.source={path}", "data.column=headline", "hyperparams.num_titles=340", "hyperparams.max_steps=2")
     result = train(cfg, tmp_path / "run").metrics
     account = result["data"]["account"]
@@ -189,7 +190,7 @@ def test_the_account_is_in_the_log_and_the_result_and_the_line_is_printed_once(t
     assert event["account"] == account and event["sha256"] == result["data"]["sha256"]
     again = evaluate_run(tmp_path / "run")
     assert again["val/loss"] == result["val/loss"] and again["account"]["val_in_train"] == account["val_in_train"]
-    other = write(tmp_path / "b.tsv", ["deep graph", None, "a survey é"], column="name")
+    other = write(tmp_path / "b🎉.tsv", ["deep graph", None, "a survey é"], column="name")
     measured = evaluate_run(tmp_path / "run", str(other), overrides=["data.column=name"])
     assert measured["titles"] == 2 and measured["account"]["read"] == 3
     assert "no column 'headline' (data.column)" in refusal(evaluate_run, tmp_path / "run", str(other))
@@ -246,6 +247,12 @@ def test_a_pattern_and_a_name_with_a_hash_need_no_quotes(tmp_path, monkeypatch):
     (tmp_path / "title #1.csv").write_text("title #2\nx\n")
     for source in ("*.csv", "title #1.csv", "'*.csv'"):
         assert load_titles(config(source, 1, "data.column=title #2")) == ["x"]
+
+
+@pytest.mark.parametrize("source", ["*🎉.txt", "🎉 #2.txt", "é*🎉\\.txt", "*\x85\u2028\x7f.txt", "*\"'.txt", "a 漢.txt"])
+def test_a_name_of_any_characters_is_the_same_as_an_override(source):
+    assert load_config(overrides=[override("data.source", source)]).data.source == source  # as a sweep says it
+    assert load_config(overrides=[f"data.source={source}"]).data.source == source
 
 
 def test_places_that_cannot_be_read(tmp_path, monkeypatch):
