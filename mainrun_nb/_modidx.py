@@ -932,6 +932,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'mainrun_nb.sources.Account.record': ('sources.html#account.record', 'mainrun_nb/sources.py'),
                                     'mainrun_nb.sources.Account.text': ('sources.html#account.text', 'mainrun_nb/sources.py'),
                                     'mainrun_nb.sources.HubSet': ('sources.html#hubset', 'mainrun_nb/sources.py'),
+                                    'mainrun_nb.sources._TooLong': ('sources.html#_toolong', 'mainrun_nb/sources.py'),
                                     'mainrun_nb.sources._import_datasets': ('sources.html#_import_datasets', 'mainrun_nb/sources.py'),
                                     'mainrun_nb.sources._same_revision': ('sources.html#_same_revision', 'mainrun_nb/sources.py'),
                                     'mainrun_nb.sources.all_titles': ('sources.html#all_titles', 'mainrun_nb/sources.py'),

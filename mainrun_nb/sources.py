@@ -123,6 +123,10 @@ class Account:
 LONGEST_TITLE = 100_000  # characters
 
 
+class _TooLong(InputError):
+    "A title without end; the message lacks its place in the source."
+
+
 def as_title(value: Any, account: Account, data: DataConfig) -> str | None:
     "The title that a value of a source is, or None; counted in the account. Raises `InputError` for one without end."
     account.read += 1
@@ -138,7 +142,7 @@ def as_title(value: Any, account: Account, data: DataConfig) -> str | None:
         account.shortened += 1
         title = title[: data.max_chars].rstrip()
     if len(title) > LONGEST_TITLE:
-        raise InputError(f"has {len(title):,} characters, which no title has; data.max_chars=1000 would cut it")
+        raise _TooLong(f"has {len(title):,} characters, which no title has; data.max_chars=1000 would cut it")
     return title or None
 
 # %% ../nbs/02_sources.ipynb #9863010d
@@ -155,8 +159,8 @@ def clean(
             if (title := as_title(value, account, data)) is not None:
                 titles.append(title)
                 numbers.append(n)
-    except InputError as e:
-        raise InputError(f"{where}: title {n} {e}" if str(e).startswith("has") else str(e)) from None
+    except _TooLong as e:
+        raise InputError(f"{where}: title {n} {e}") from None
     try:
         return check_titles(titles, where)
     except InputError:  # say it again, by its place in the source

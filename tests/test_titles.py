@@ -242,6 +242,14 @@ def test_what_cannot_be_read_is_one_line(tmp_path, monkeypatch, name, content, w
         assert words in text and len(text) < 400, text
 
 
+def test_an_error_is_not_told_apart_by_how_a_file_is_called(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("hashes.csv").write_text("name\nx\n")
+    assert refusal(read_titles, "hashes.csv") == "hashes.csv: no column 'title' (data.column). Known: name."
+    Path("has.txt").write_text("a\n" + "x" * 100_001)
+    assert refusal(read_titles, "has.txt").startswith("has.txt: title 2 has 100,001 characters")
+
+
 def test_a_pattern_and_a_name_with_a_hash_need_no_quotes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "title #1.csv").write_text("title #2\nx\n")
