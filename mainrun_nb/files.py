@@ -17,7 +17,10 @@ from .messages import InputError, RunError, scrubbed, shown
 
 # %% ../nbs/00b_files.ipynb #13830e04
 def atomic_write(path: Path, data: bytes | str) -> None:
-    "Replace the file by `data`, text without its keys, or leave it as it was. Raises `RunError` naming it, having removed what it began."
+    """Replace the file by `data`, text without its keys: it is the old file or the new, never a part, where one step can do it.
+
+    Raises `RunError` naming the file, having removed what it began.
+    """
     scratch = path.with_name(f".{path.name}.tmp")
     raw = scrubbed(data).encode() if isinstance(data, str) else data
     try:
