@@ -104,7 +104,6 @@ CASED = ["tokenizer.kind=cased"]  # letters and their case apart
 TITLES = ["hyperparams.rows=titles"]  # rows of whole titles, as the third recipe still had them
 WHOLE = [*TITLES, "hyperparams.shuffle=true"]  # in a new order for each epoch
 NO_NGRAMS = ["model_configs.gpt.embedding_ngrams=0"]
-ONE_SOFTMAX = ["model_configs.gpt.embedding_cutoff=0", "model_configs.gpt.d_model=128", "model_configs.gpt.n_layer=4"]  # in as many numbers
 
 
 def dropout(p: str) -> list[str]:
@@ -146,8 +145,7 @@ def full() -> Study:
              "third-without-shortcuts": ["model_configs.gpt.token_shift=false", "model_configs.gpt.embedding_skips=false"]}
     final = {"final": [], "decay-0.5": ["hyperparams.decay=0.5"],
              "context-256": ["hyperparams.context_length=256", "hyperparams.batch_size=8"],
-             "without-shuffle": ["hyperparams.shuffle=false"], "without-weight-decay": decay("0", "0.01"),
-             "without-adaptive": [*NO_NGRAMS, *ONE_SOFTMAX]}
+             "without-shuffle": ["hyperparams.shuffle=false"], "without-weight-decay": decay("0", "0.01")}
     return {"control": (control, ["hyperparams.lr=2.0e-3"]), "control-lr-4.0e-3": (control, ["hyperparams.lr=4.0e-3"]),
             **{f"first{name}": (FIRST, change) for name, change in first.items()},
             **changed(RECIPE, TITLES, second | third), **changed(RECIPE, [], final)}
