@@ -18,7 +18,7 @@ from torch.optim import Adam, Optimizer
 from .config import Hyperparams, InputError
 from .data import Batches
 from .gpt import GPT
-from .optim import MuonAdamW, parameter_groups, set_lr
+from .optim import EMA, MuonAdamW, parameter_groups, set_lr
 from .scaling import runs_table
 from .trainer import TrainState, take_step
 
@@ -75,6 +75,7 @@ def mup(
     model: GPT,  # fresh, with init_method=normal
     optimizer: Optimizer,  # of its parameters: Adam, AdamW or Muon
     base: int,  # width at which nothing changes, with heads of the same size
+    ema: EMA | None = None,  # fresh, of the model, with hyperparams.ema: `state.ema`
 ) -> None:
     "Turn a model and its optimizer, in place, to maximal update parametrisation (Yang et al. 2022, arXiv:2203.03466, table 8)."
     _check_mup(model, optimizer, base)
@@ -82,6 +83,8 @@ def mup(
     with torch.no_grad():
         for matrix in parameter_groups(model)["matrices"]:
             matrix.mul_(wider**-0.5)
+        if ema:  # copied the weights before they were scaled
+            ema.load_state_dict(ema.params)
     for group in optimizer.param_groups:
         if group["name"] == "matrices" and not group.get("muon"):
             group["initial_lr"] /= wider
@@ -126,13 +129,17 @@ class RateLaw:
 
 # %% ../nbs/33c_width.ipynb #9b2f6fb1
 def _within(rows: list[dict[str, Any]], reach: float) -> list[dict[str, Any]]:
-    "A width's runs within a factor `reach` of its best rate. Raises `InputError` where that is the first or last one."
+    "A width's runs within a factor `reach` of its best rate. Raises `InputError` where that is the first or last one, or near no others."
     losses = {lr: float(np.mean([row["loss"] for row in rows if row["lr"] == lr])) for lr in sorted({row["lr"] for row in rows})}
     rates, best = list(losses), min(losses, key=lambda lr: losses[lr])
     if best in (rates[0], rates[-1]):
         end = "least" if best == rates[0] else "greatest"
         raise InputError(f"rates: at width {rows[0]['width']:g} the {end} of {len(rates)} rates is the best, {best:g}; try more beyond")
-    return [row for row in rows if best / reach <= row["lr"] * (1 + 1e-9) and row["lr"] <= best * reach * (1 + 1e-9)]
+    near = [row for row in rows if best / reach <= row["lr"] * (1 + 1e-9) and row["lr"] <= best * reach * (1 + 1e-9)]
+    if (found := len({row["lr"] for row in near})) < 3:
+        few = f"{found} of {len(rates)} within a factor {reach:g} of {best:g} at width {rows[0]['width']:g}"
+        raise InputError(f"rates: needs three near the best of each width, found {few}; try more between, or a greater reach")
+    return near
 
 
 def _near_best(runs: Any, reach: float) -> list[dict[str, Any]]:
@@ -155,13 +162,16 @@ def _lowest_points(u: np.ndarray, y: np.ndarray, number: np.ndarray) -> tuple[np
     heights there, curvature, root mean square of the residuals."""
     own, centre = np.eye(number.max() + 1)[number], u.mean()
     x = np.hstack([own, own * (u - centre)[:, None], (u - centre)[:, None] ** 2])  # a, b, c
-    theta = np.linalg.lstsq(x, y, rcond=None)[0]
+    theta, _, rank, _ = np.linalg.lstsq(x, y, rcond=None)
+    if rank < len(theta):  # the answer would be the smallest of many
+        raise InputError(f"rates: {len(theta)} numbers are sought, and these rates tell {rank} of them; try rates further apart")
     a, b, c = np.split(theta, [own.shape[1], len(theta) - 1])
     if c <= 0:
         raise InputError("rates: the losses have no lowest point near the best rates")
     left, lowest = y - x @ theta, -b / (2 * c)
     slope = np.hstack([np.zeros_like(own[: len(a), : len(a)]), -np.eye(len(a)) / (2 * c), (-lowest / c)[:, None]])  # of the lowest points
-    variance = left @ left / (len(y) - len(theta)) * np.linalg.pinv(x.T @ x)
+    back = np.linalg.pinv(x)  # not of x.T @ x, in which rates close together would be one
+    variance = left @ left / (len(y) - len(theta)) * back @ back.T
     return centre + lowest, slope @ variance @ slope.T, a + b * lowest / 2, float(c[0]), float(np.sqrt((left**2).mean()))
 
 # %% ../nbs/33c_width.ipynb #85a418fc

@@ -58,6 +58,21 @@ def test_at_the_base_width_nothing_changes_not_even_a_bit(data):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+def test_the_average_of_the_weights_begins_where_the_parametrisation_has_put_them(data):
+    state, batches, hp = state_of(data, 64, "hyperparams.optimizer=muon", "hyperparams.ema=0.5")
+    mup(state.model, state.optimizer, 16, state.ema)
+    before = {name: p.clone() for name, p in state.model.named_parameters()}
+    take_step(state, state.model, batches, slice(None), hp, 2)
+    for name, p in state.model.named_parameters():
+        torch.testing.assert_close(state.ema.average[name], (before[name] + p) / 2)
+
+
+def test_rates_close_together_widen_the_interval():
+    narrow = [fit_rates([{**r, "lr": 0.013 * (r["lr"] / 0.013) ** share} for r in planned(0.0, 0.004)]) for share in (1, 1e-2, 1e-4)]
+    wide = [math.log(law.intervals["best 32"][1] / law.intervals["best 32"][0]) for law in narrow]
+    assert wide[1] == pytest.approx(wide[0] / 100, rel=0.01) and wide[2] == pytest.approx(wide[0] / 1e4, rel=0.01)
+
+
 def test_a_check_leaves_no_hook_and_the_mode_as_it_was(data):
     state, batches, hp = state_of(data, 16)
     coordinate_check(state, batches, hp, steps=1)
@@ -125,6 +140,10 @@ def test_best_rates_from_rows_a_csv_and_a_table_of_pandas(tmp_path):
     (lambda rows: [{**r, "loss": 4 / r["loss"]} for r in rows], "is the best"),
     (lambda rows: [{**r, "lr": -1} for r in rows], "above 0"),
     (lambda rows: [r for r in rows if r["width"] != 192 or r["lr"] < 0.004], "at width 192 the greatest of"),
+    (lambda rows: [{**r, "lr": r["lr"] ** math.log2(10)} for r in rows] * 2, "found 1 of 5 within a factor 4 of 1e-06 at width 32"),
+    (lambda rows: [r if r["width"] != 80 or r["lr"] < 2**-6.5 else {**r, "lr": 1.0} for r in rows if r["width"] != 80 or r["lr"] > 2**-8.5],
+     "found 2 of 3 within a factor 4 of 0.0078125 at width 80"),
+    (lambda rows: [{**r, "lr": 0.01 * (1 + 1e-15 * round(math.log2(r["lr"])))} for r in rows], "tell 3 of them"),
 ])
 def test_runs_that_do_not_show_a_best_rate_are_refused(change, message):
     with pytest.raises(InputError, match=message):
