@@ -176,7 +176,7 @@ class ScalingLaw:
     exponents: tuple[float, ...]
     floor: float = 0.0
     rms: float = 0.0  # root mean square of the logarithmic residuals
-    intervals: dict[str, tuple[float, float]] | None = None  # 95 %: "floor", "factor N", "exponent N", ...
+    intervals: dict[str, tuple[float, float]] | None = None  # 95 %: "floor", "factor N", "exponent N", ...; none of an exact fit
 
     def __call__(self, *quantities: Any) -> Any:
         "The predicted loss."
@@ -247,20 +247,32 @@ def _unfold(theta: np.ndarray, centre: np.ndarray) -> tuple[np.ndarray, np.ndarr
     with np.errstate(over="ignore"):
         return np.exp(theta[:k] + theta[k : 2 * k] * centre), theta[k : 2 * k], float(np.exp(theta[2 * k])) if len(theta) > 2 * k else 0.0
 
+# %% ../nbs/33_scaling.ipynb #4765fdfc
+def _check_runs(names: tuple[str, ...], x: np.ndarray, y: np.ndarray, least: int, runs: int) -> None:
+    "Raise `InputError` for runs that do not decide the parameters of a law: quantities (k, R), losses (R,)."
+    if not (np.isfinite(x).all() and np.isfinite(y).all() and (x > 0).all() and (y > 0).all()):
+        raise InputError("scaling law: every quantity and every loss must be a number above 0")
+    different = np.unique(x, axis=1).shape[1]
+    if any(len(np.unique(row)) < least for row in x) or different < runs:
+        few = ", ".join(f"{len(np.unique(row))} of {n}" for n, row in zip(names, x, strict=True))
+        found = f"{few} in {different}"
+        raise InputError(f"scaling law: needs {least} different values of each quantity and {runs} different runs, found {found}")
+    z = np.log(x) - np.log(x).mean(1, keepdims=True)
+    spread = np.linalg.svd(z / np.linalg.norm(z, axis=1, keepdims=True), compute_uv=False)
+    if spread[-1] < 0.01 * spread[0]:
+        raise InputError(f"scaling law: of {' and '.join(names)} one follows the other in these runs; vary one without the other")
+
 # %% ../nbs/33_scaling.ipynb #d649a925
 def _fit(names: tuple[str, ...], quantities: Sequence[Any], loss: Any, floor: bool, delta: float, draws: int, seed: int) -> ScalingLaw:
     "Fit a `ScalingLaw` to runs, with bootstrap intervals."
     x, y = np.array([np.asarray(q, float) for q in quantities]), np.asarray(loss, float)
-    least = 3 if floor else 2
-    if not (np.isfinite(x).all() and np.isfinite(y).all() and (x > 0).all() and (y > 0).all()):
-        raise InputError("scaling law: every quantity and every loss must be a number above 0")
-    if any(len(np.unique(row)) < least for row in x) or len(y) < 2 * len(x) + floor:
-        few, runs = ", ".join(f"{len(np.unique(row))} of {n}" for n, row in zip(names, x, strict=True)), 2 * len(x) + floor
-        raise InputError(f"scaling law: needs {least} different values of each quantity and {runs} runs, found {few} in {len(y)} runs")
+    least, exact = 3 if floor else 2, len(y) == 2 * len(x) + floor
+    _check_runs(names, x, y, least, 2 * len(x) + floor)
     centre, log_y = np.log(x).mean(1), np.log(y)
     z = np.log(x) - centre[:, None]
     theta = _minimise(_starts(log_y, len(x), floor), z, log_y, delta)
-    again = [_unfold(_minimise([theta], z[:, i], log_y[i], delta), centre) for i in _draws(np.random.default_rng(seed), x, least, draws)]
+    drawn = _draws(np.random.default_rng(seed), x, least, 0 if exact else draws)
+    again = [_unfold(_minimise([theta], z[:, i], log_y[i], delta), centre) for i in drawn]
     factors, exponents, low = _unfold(theta, centre)
     return ScalingLaw(names, tuple(factors.tolist()), tuple(exponents.tolist()), low,
                       float(np.sqrt(((_log_law(theta, z)[0] - log_y) ** 2).mean())), _intervals(names, again))
@@ -279,9 +291,9 @@ def _given(names: tuple[str, ...], first: Any, *rest: Any) -> list[Any]:
     "The columns as they were given, or, where the first is given alone, from the runs that it stands for."
     if any(column is not None for column in rest):
         return [first, *rest]
+    rows = runs_table(first)
     if unknown := [name for name in names if name not in ("n", "d", "c", "loss")]:
         raise InputError(f"power law: of a table of runs, name must be N, D or C, found {unknown[0]}")
-    rows = runs_table(first)
     return [[row[name] for row in rows] for name in names]
 
 # %% ../nbs/33_scaling.ipynb #92ae39cd
@@ -321,18 +333,27 @@ def compute_optimal(
     n = (alpha * a / (beta * b)) ** (1 / (alpha + beta)) * (np.asarray(compute, float) / 6) ** (beta / (alpha + beta))
     return n, np.asarray(compute, float) / (6 * n)
 
-# %% ../nbs/33_scaling.ipynb #d15bab15
+# %% ../nbs/33_scaling.ipynb #0075a13e
 _COLUMNS = {"n": ("n", "parameters_non_embedding"), "d": ("d", "tokens"), "loss": ("loss", "val/loss"), "name": ("name", "run"),
             "lr": ("lr", "hyperparams.lr"), "width": ("width", "model_configs.gpt.hidden_layer")}
 
 
+def _is_gap(value: Any) -> bool:
+    "Whether it stands for no value: nothing, a CSV's empty text, and what pandas has there, which is NaN or NA."
+    try:
+        return value is None or value == "" or bool(value != value)
+    except TypeError:  # NA is not to be compared
+        return True
+
+# %% ../nbs/33_scaling.ipynb #d15bab15
 def _table_row(found: dict[str, Any]) -> dict[str, Any] | None:
     "One run's row from its named values; None where it has no loss. Raises `InputError` where it has no parameters or no tokens."
-    found = {k: v for k, v in found.items() if v not in (None, "") and v == v}  # without a CSV's gaps and those of pandas, which are NaN
+    found = {k: v for k, v in found.items() if not _is_gap(v)}
     row: dict[str, Any] = {key: next((found[c] for c in names if c in found), None) for key, names in _COLUMNS.items()}
     if row["d"] is None and found.get("steps"):
         batch: list[Any] = [found.get(f"hyperparams.{k}") or found.get(k) for k in ("batch_size", "context_length")]
-        row["d"] = float(found["steps"]) * float(batch[0]) * float(batch[1]) if all(batch) else None
+        filled = 1 - float(found.get("rows_padding", 0))  # of rows of whole titles
+        row["d"] = float(found["steps"]) * float(batch[0]) * float(batch[1]) * filled if all(batch) else None
     if row["loss"] is None:
         return None
     missing = [key for key in ("n", "d") if row[key] is None]
@@ -350,15 +371,15 @@ def _folder_values(result: Path) -> dict[str, Any]:
     "The named values of a finished run, from its result.json and config.yaml."
     try:
         found = read_result(result)
-        per_epoch = found["data"]["tokens_per_epoch"]
+        per_epoch, padding = found["data"]["tokens_per_epoch"], found["data"].get("rows_padding", 0)
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{result}: not the result of a run of this project") from None
     cfg = load_config(result.parent / "config.yaml")
     hp, width = cfg.hyperparams, cfg.model_configs.gpt.hidden_layer if cfg.hyperparams.model_architecture == "gpt" else None
     return {**found, "tokens_per_epoch": per_epoch, "name": result.parent.name, "lr": hp.lr, "width": width,
-            "batch_size": hp.batch_size, "context_length": hp.context_length}
+            "batch_size": hp.batch_size, "context_length": hp.context_length, "rows_padding": padding}
 
-# %% ../nbs/33_scaling.ipynb #53496b8b
+# %% ../nbs/33_scaling.ipynb #26c959ca
 def _read_runs(source: Path) -> list[dict[str, Any]]:
     "The named values of each run in a folder or CSV."
     if source.is_dir():
@@ -368,7 +389,7 @@ def _read_runs(source: Path) -> list[dict[str, Any]]:
     with source.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
-
+# %% ../nbs/33_scaling.ipynb #53496b8b
 def runs_table(
     source: Any,  # a CSV, a folder with finished runs anywhere below it, a table of pandas, or rows as this function gives them
 ) -> list[dict[str, Any]]:  # a row per run: name, n, d, c, loss, lr, width, epochs, tokens_per_epoch, seed
@@ -376,7 +397,9 @@ def runs_table(
     where = source if isinstance(source, str | Path) else "table of runs"
     if where is not source and not hasattr(source, "__iter__"):
         raise InputError(f"{where}: needs a path, a table of pandas or rows, found {source!r}")
-    values = _read_runs(Path(source)) if where is source else source.to_dict("records") if hasattr(source, "to_dict") else list(source)
+    values = _read_runs(Path(source)) if where is source else source.to_dict("records") if hasattr(source, "columns") else list(source)
+    if odd := [row for row in values if not hasattr(row, "items")]:  # such as numbers without their losses
+        raise InputError(f"{where}: needs rows with names, found {odd[0]!r}; a fit of numbers needs their losses as well")
     rows: list[dict[str, Any]] = []
     lacks: InputError | None = None
     for found in values:
@@ -384,7 +407,7 @@ def runs_table(
             rows += filter(None, [_table_row(found)])
         except InputError as e:  # a score without a training, such as the ledger's on other titles
             lacks = lacks or e
-        except ValueError as e:
+        except (ValueError, TypeError) as e:
             raise InputError(f"{where}: {e}") from None
     if not rows:
         raise InputError(f"{where}: {lacks or 'no finished run with a loss'}")

@@ -79,6 +79,17 @@ def test_a_run_with_micro_batches_logs_its_noise_and_stands_in_the_table(tmp_pat
     assert row["n"] == run.metrics["parameters_non_embedding"] and row["loss"] == run.loss and 0 < row["epochs"] < 1
 
 
+def test_the_padding_of_rows_of_whole_titles_is_no_token(tmp_path):
+    cfg = tiny(*SMALLER, "hyperparams.rows=titles", "hyperparams.title_mask=true", "hyperparams.context_length=32", "hyperparams.epochs=3",
+               "hyperparams.max_steps=null", "model_configs.gpt.position=rope")
+    with pytest.warns(UserWarning, match="titles are cut"):
+        data = train(cfg, tmp_path / "a", progress=False).metrics["data"]
+    row, = runs_table(tmp_path)
+    assert data["rows_padding"] > 0 and row["d"] == pytest.approx(row["epochs"] * data["tokens_per_epoch"])
+    steps = json.loads((tmp_path / "a" / "result.json").read_text())["steps"]
+    assert row["d"] == pytest.approx(steps * 8 * 32 * (1 - data["rows_padding"])) and 2.7 < row["epochs"] <= 3
+
+
 def test_a_run_without_micro_batches_says_what_is_missing(tmp_path):
     run = train(tiny(*SMALLER, "hyperparams.max_steps=1"), tmp_path / "a", progress=False)
     with pytest.raises(InputError, match="grad_accum"):
@@ -159,6 +170,42 @@ def test_every_fit_takes_the_runs_in_place_of_numbers(tmp_path):
 def test_what_is_no_table_is_refused(source):
     with pytest.raises(InputError, match="needs a path, a table of pandas or rows, found"):
         runs_table(source)
+
+
+def test_numbers_without_losses_are_refused_in_one_line():
+    import pandas as pd
+
+    for numbers in ([1e4, 1e5, 1e6], np.array([1e4, 1e5, 1e6]), pd.Series([1e4, 1e5, 1e6]), {"n": [1e4], "loss": [2.0]}):
+        for fit in (fit_power_law, fit_chinchilla):
+            with pytest.raises(InputError, match="needs rows with names.*losses as well") as e:
+                fit(numbers)
+            assert "\n" not in str(e.value)
+    with pytest.raises(InputError, match="table of runs: float"):
+        runs_table([{"n": [1, 2], "d": 1, "loss": 2.0}])
+
+
+def test_what_pandas_has_for_nothing_is_a_gap():
+    import pandas as pd
+
+    rows = [{"n": 1e4, "d": 1e5, "loss": 3.0, "seed": 1, "lr": 0.1, "name": "a"}, {"n": 1e5, "d": 1e5, "loss": 2.5, "lr": None},
+            {"n": 1e6, "d": 1e5, "loss": None, "seed": 3, "name": None}]
+    table = pd.DataFrame(rows)
+    assert table.convert_dtypes()["lr"][1] is pd.NA
+    assert runs_table(table.convert_dtypes()) == runs_table(table) == runs_table(rows)
+
+
+def test_runs_that_do_not_decide_a_law_are_refused():
+    law, rng = ScalingLaw(("N", "D"), (40.0, 30.0), (0.3, 0.25), 0.8), np.random.default_rng(0)
+    n = np.geomspace(1e4, 1e7, 10)
+    for d in (20 * n, 20 * n**0.5, 20 * n * np.exp(0.01 * rng.normal(size=10))):
+        with pytest.raises(InputError, match="of N and D one follows the other"):
+            fit_chinchilla(n, d, law(n, d) * np.exp(0.003 * rng.normal(size=10)))
+    n, d = np.array([1e5, 1e6, 1e7] * 2), np.array([1e6, 1e8, 1e7] * 2)  # three sizes, each with two seeds, for five parameters
+    with pytest.raises(InputError, match="5 different runs, found 3 of N, 3 of D in 3"):
+        fit_chinchilla(n, d, law(n, d))
+    assert fit_power_law([1e4, 1e5], [5, 4]).intervals == fit_power_law([1, 2, 3], [5, 4, 3.5], floor=True).intervals == {}
+    low, high = fit_power_law([1e4, 1e5] * 3, [5, 4, 5.1, 4.1, 4.9, 3.9]).intervals["exponent x"]
+    assert low < high
 
 
 def test_a_ledger_with_unknown_columns_is_refused(tmp_path):
