@@ -107,10 +107,12 @@ def _checked(runs: Any) -> tuple[np.ndarray, ...]:  # n, tokens of a pass that w
     if not all(np.isfinite(x).all() and (x > 0).all() for x in (n, unique, tokens, loss)):
         raise InputError("repetition law: parameters, tokens and losses must be numbers above 0")
     unique, sizes = np.minimum(unique, tokens), len(np.unique(n))
-    if (tokens < 1.5 * unique).all():
-        raise InputError("repetition law: needs runs that read their tokens more than once")
-    if len(np.unique(unique)) < 3 or len(n) < 4 + sizes:
-        found = f"{len(np.unique(unique))} in {len(n)} runs of {sizes} size{'s' * (sizes > 1)}"
+    if np.ptp(tokens / unique) < 0.5:  # R and the factor would be one
+        found = f"{(tokens / unique).min():.1f} to {(tokens / unique).max():.1f} passes"
+        raise InputError(f"repetition law: needs runs that read their tokens more than once, and not all as often, found {found}")
+    different = len(set(zip(n, unique, tokens, strict=True)))
+    if len(np.unique(unique)) < 3 or different < 3 + sizes or len(n) < 4 + sizes:
+        found = f"{len(np.unique(unique))} in {len(n)} runs ({different} different) of {sizes} size{'s' * (sizes > 1)}"
         raise InputError(f"repetition law: needs three numbers of different tokens, and {4 + sizes} runs or more, found {found}")
     return n, unique, tokens, loss
 

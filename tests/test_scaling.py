@@ -324,6 +324,11 @@ def test_a_law_of_repetition_from_a_folder_a_csv_and_a_table_of_pandas(tmp_path)
         fit_repetition(rows[:5])
     with pytest.raises(InputError, match="above 0"):
         fit_repetition([*rows, {**rows[0], "loss": 0.0}])
+    with pytest.raises(InputError, match=r"found 1\.9 to 2\.0 passes"):  # all as often: R and the factor are one
+        fit_repetition([{**row, "d": row["tokens_per_epoch"] * (1.9 + 0.1 * (i % 2))} for i, row in enumerate(rows)])
+    one = [row for row in rows if row["n"] == rows[0]["n"]]
+    with pytest.raises(InputError, match=r"found 3 in 12 runs \(3 different\) of 1 size$"):
+        fit_repetition([one[i] for i in (0, 5, 10)] * 4)
 
 
 def test_scores_without_a_training_are_left_out_of_the_table(root):
