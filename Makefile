@@ -94,7 +94,7 @@ faults: $(VENV)/.all  ## every fault of tests/faults/, with a table at the end
 	$(BIN)/python tests/faults $(ARGS)
 
 # What trains for hours, or compares what has to be made first, is asked for by its name.
-BY_NAME := $(addprefix benchmarks/,recipes.py repetition.py far.py cased.py commits.py width.py)
+BY_NAME := $(addprefix benchmarks/,recipes.py repetition.py far.py cased.py cuts.py commits.py width.py)
 bench: $(VENV)/.all  ## every measurement of benchmarks/, one after the other
 	@for f in $(filter-out benchmarks/_% $(BY_NAME),$(wildcard benchmarks/*.py)); do echo "== $$f"; $(BIN)/python $$f || exit 1; done
 

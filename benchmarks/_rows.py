@@ -16,8 +16,14 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def columns(path: Path) -> list[str]:
+    "The names in the first line."
+    with path.open(newline="", encoding="utf-8") as file:
+        return next(csv.reader(file), [])
+
+
 def add_rows(path: Path, *rows: dict[str, Any]) -> None:
-    "More rows, by one writer at a time; the first names the columns."
+    "More rows, by one writer at a time; the first names the columns. Raises `SystemExit` where the file has other ones."
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -25,7 +31,7 @@ def add_rows(path: Path, *rows: dict[str, Any]) -> None:
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
         if not file.seek(0, os.SEEK_END):
             writer.writeheader()
-        elif (known := read_rows(path)) and known[0].keys() != rows[0].keys():
+        elif columns(path) != list(rows[0]):  # also in another order: values are written in that of the row
             raise SystemExit(f"{path}: has other columns; name another file")
         writer.writerows(rows)
         file.write(text.getvalue())

@@ -255,7 +255,7 @@ def main() -> None:
               "variants": variants, "exponents": exponents}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
-    picture(result, args.out.with_suffix(".png"))
+    picture(result, args.out.with_name(args.out.name.removesuffix(".json") + ".png"))  # with_suffix would cut a name like run-0.5
     print(json.dumps({n: e["time"] for n, e in exponents.items()}))
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from mainrun_nb.attention import register_attention
 from mainrun_nb.config import Config, SparseKAttnConfig, load_config
+from mainrun_nb.data import Batches
 from mainrun_nb.models import build_model
 from mainrun_nb.runtime import freed_memory_kept
 from mainrun_nb.sparsek import Selection, competitors, normalised_scores, sparsek
@@ -115,8 +116,9 @@ def run(rule: str, seed: int, data: RunData) -> dict[str, float]:
     "Train, and look."
     cfg, cpu = configured(rule, seed), time.process_time()
     plan, state = make_plan(cfg.hyperparams, len(data.train_ids)), make_state(cfg, data.tokenizer.vocab_size, torch.device("cpu"))
+    batches = Batches(data.train_ids, cfg.hyperparams)
     while state.step < plan.max_steps:
-        take_step(state, state.model, data.train_ids, slice(None), cfg.hyperparams, plan.max_steps)
+        take_step(state, state.model, batches, slice(None), cfg.hyperparams, plan.max_steps)
     spent, loss = time.process_time() - cpu, evaluate_state(state, data, cfg, challenge=False)["val/loss"]
     T, model = cfg.hyperparams.context_length, state.model.eval()
     rows = data.val_ids[: 16 * T + 1]
