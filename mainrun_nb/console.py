@@ -135,8 +135,8 @@ def for_people(prog: str) -> Iterator[None]:
             with product_written():
                 yield
         except BrokenPipeError as e:  # the reader of the output has seen enough, as `head` does
-            if isinstance(sys.stdout, Stream) and sys.stdout.error is not e:
-                raise  # another pipe
+            if getattr(sys.stdout, "error", None) is not e:
+                raise  # another pipe, or a stream that the caller of this function in Python looks after
         except (Exception, KeyboardInterrupt) as e:
             line, code = outcome_of(e)
             tell(prog, line)

@@ -103,9 +103,22 @@ def test_an_interrupt_while_the_package_is_imported_takes_one_line():
 
 
 def test_a_broken_pipe_of_something_else_is_not_hidden(monkeypatch):
-    monkeypatch.setattr(sys, "stdout", console.Stream(io.StringIO(), fatal=True))
-    with pytest.raises(BrokenPipeError), console.for_people("mainrun-x"):
-        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+    for stdout in (console.Stream(io.StringIO(), fatal=True), io.StringIO(), None):  # the last two: called from Python
+        monkeypatch.setattr(sys, "stdout", stdout)
+        with pytest.raises(BrokenPipeError), console.for_people("mainrun-x"):
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+
+def test_a_broken_pipe_of_the_output_ends_a_command_without_a_word(monkeypatch, capfd):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(sys, "stdout", console.Stream(Gone(), fatal=True))
+    with console.for_people("mainrun-x"):
+        print("x")
+        raise AssertionError("not reached")
+    assert capfd.readouterr().err == ""
 
 
 # --- keys ---
