@@ -131,6 +131,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mainrun_nb.cli.after_run': ('cli.html#after_run', 'mainrun_nb/cli.py'),
                                 'mainrun_nb.cli.after_sweep': ('cli.html#after_sweep', 'mainrun_nb/cli.py'),
                                 'mainrun_nb.cli.check_cli': ('cli.html#check_cli', 'mainrun_nb/cli.py'),
+                                'mainrun_nb.cli.check_recipe': ('cli.html#check_recipe', 'mainrun_nb/cli.py'),
                                 'mainrun_nb.cli.configs_cli': ('cli.html#configs_cli', 'mainrun_nb/cli.py'),
                                 'mainrun_nb.cli.copy_files': ('cli.html#copy_files', 'mainrun_nb/cli.py'),
                                 'mainrun_nb.cli.eda_cli': ('cli.html#eda_cli', 'mainrun_nb/cli.py'),

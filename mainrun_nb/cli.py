@@ -20,6 +20,7 @@ from typing import Annotated, Any
 from . import __version__, moved
 from .config import InputError, did_you_mean, find_file, load_config, shipped, visible
 from .console import COMMANDS, command, for_people, guard_notebook, guard_streams, needed, tell  # noqa: F401  for scripts
+from .files import check_file_name
 
 # %% ../nbs/34_cli.ipynb #29de3c26
 Settings = Annotated[str, {"metavar": "section.key=value"}]
@@ -168,10 +169,17 @@ def memory_cli(
         raise SystemExit(1)
 
 # %% ../nbs/34_cli.ipynb #d7376fcd
+def check_recipe(name: str | None) -> None:
+    "Raise `InputError` for a name under which `promote` could not write a recipe."
+    if name and (target := Path("sweeps/sota", f"{check_file_name(name, '--promote')}.yaml")).exists():
+        raise InputError(f"{target}: exists; choose another name")
+
+
 def after_sweep(board: Any, out: str, name: str | None) -> None:
-    "Write the best trial as a recipe, if it is to have a name; say what can be done with a sweep that has ended."
+    "Print the leaderboard; write the best trial as a recipe, if it is to have a name; say what can be done with a sweep that has ended."
     from mainrun_nb.sweep import promote
 
+    print(board.table())
     if name:
         print(f"best trial written to {promote(out, name)}")
     best = shlex.quote(str(board.best.folder(Path(out)) / "run"))
@@ -202,9 +210,9 @@ def sweep_cli(
     from mainrun_nb.sweep import run_sweep
 
     config, out = needed(config=config, out=out)
+    check_recipe(promote)
     limits: dict = dict(seed=seed, address=address, retry=retry, failures=failures)
     board = run_sweep(search, config, out, trials or None, jobs, engine, fast, resume, overrides, **limits)
-    print(board.table())
     after_sweep(board, out, promote)
 
 # %% ../nbs/34_cli.ipynb #a2035b21
@@ -302,7 +310,7 @@ def copy_files(files: dict[str, Path], folder: Path) -> list[Path]:
     "Copy shipped files, each below a folder of its kind, and none over another. Raises `InputError`, having copied nothing."
     from mainrun_nb.tokenizer import write_file
 
-    targets = {folder / Path(name).with_suffix(path.suffix): path for name, path in files.items()}
+    targets = {folder / Path(name).parent / path.name: path for name, path in files.items()}
     if there := [target for target in targets if target.exists()]:
         raise InputError(f"{there[0]}: exists; nothing was copied")
     for target, path in targets.items():

@@ -147,6 +147,28 @@ def test_other_commands_refuse(call, says, capsys):
     assert stop.value.code == 2 and says in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("name", "says"), [("a/b", "--promote: must be a name"), ("mine", "sweeps/sota/mine.yaml: exists")])
+def test_a_name_for_the_best_trial_is_refused_before_the_sweep(name, says, capsys, monkeypatch):
+    monkeypatch.setattr("mainrun_nb.sweep.run_sweep", lambda *args, **kwargs: pytest.fail("the sweep ran"))
+    Path("sweeps/sota").mkdir(parents=True)
+    Path("sweeps/sota/mine.yaml").touch()
+    with pytest.raises(SystemExit) as stop:
+        cli.sweep_cli(SEARCH, config=QUICK, out="sweep", promote=name)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and says in err and err.count("\n") == 1
+
+
+def test_recipes_with_a_dot_in_their_name_are_copied_each(capsys):
+    names = ["gpt-0.9", "gpt-0.95", "gpt-0.yaml"]
+    Path("sweeps/sota").mkdir(parents=True)
+    for name in names:
+        Path(f"sweeps/sota/{name}.yaml").write_text(f"# {name}\n")
+    cli.configs_cli(copy="mine")
+    assert [Path(f"mine/sota/{name}.yaml").read_text() for name in names] == [f"# {name}\n" for name in names]
+    cli.configs_cli(name="gpt-0.95", copy="alone")
+    assert [p.name for p in Path("alone/sota").iterdir()] == ["gpt-0.95.yaml"]
+
+
 def test_console_scripts():
     """The installed commands themselves: help, and an error without a traceback."""
     script = Path(sys.executable).with_name("mainrun-train")
