@@ -838,6 +838,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'mainrun_nb.runtime.Interrupted': ('runtime.html#interrupted', 'mainrun_nb/runtime.py'),
                                     'mainrun_nb.runtime.Interrupted.__init__': ( 'runtime.html#interrupted.__init__',
                                                                                  'mainrun_nb/runtime.py'),
+                                    'mainrun_nb.runtime.Interrupted.__reduce__': ( 'runtime.html#interrupted.__reduce__',
+                                                                                   'mainrun_nb/runtime.py'),
                                     'mainrun_nb.runtime.Processes': ('runtime.html#processes', 'mainrun_nb/runtime.py'),
                                     'mainrun_nb.runtime.Processes.agree': ('runtime.html#processes.agree', 'mainrun_nb/runtime.py'),
                                     'mainrun_nb.runtime.Processes.gather': ('runtime.html#processes.gather', 'mainrun_nb/runtime.py'),

@@ -69,18 +69,21 @@ class Processes:
     missing: Callable[[], str] = field(default=lambda: "a process", repr=False)  # who does not answer, in words
 
     def share(self, work: Callable[[], Any]) -> Any:
-        "What `work()` returns, or raises, on the first process; on all of them."
+        "What `work()` returns on the first process, on all of them. Its `InputError`, `RunError` or `OSError` ends the work of all."
         if self.count == 1:
             return work()
         box: list[Any] = [None, None]
+        own: Exception | None = None
         if self.rank == 0:
             try:
                 box[0] = work()
             except (InputError, RunError) as e:
-                box[1] = e
+                own = box[1] = e
+            except OSError as e:  # none of theirs: their own disks may be well
+                own, box[1] = e, RunError(f"the first process failed: {e}")
         dist.broadcast_object_list(box)
-        if box[1]:
-            raise box[1]
+        if error := own or box[1]:
+            raise error
         return box[0]
 
     def agree(self, device: torch.device, number: int) -> int:
@@ -244,6 +247,10 @@ class Interrupted(RunError):
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
         self.signum = signum
+
+    def __reduce__(self) -> tuple[type, tuple[str, int]]:
+        "What it is made of, for the way to other processes: by itself Python would hand over the message alone."
+        return type(self), (str(self), self.signum)
 
 
 @contextmanager

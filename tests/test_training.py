@@ -1,8 +1,12 @@
 """The training loop under everything that happens to one: kills, signals, full disks, bad numbers, several processes."""
+import errno
 import functools
+import importlib
 import json
 import multiprocessing
 import os
+import pickle
+import pkgutil
 import random
 import resource
 import shutil
@@ -16,7 +20,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
+import mainrun_nb
 import mainrun_nb.trainer as trainer
 from mainrun_nb import device
 from mainrun_nb.check import check_run
@@ -26,6 +32,7 @@ from mainrun_nb.config import Hyperparams, InputError, RunError, load_config, sa
 from mainrun_nb.gpt import GPT
 from mainrun_nb.hub import export_run
 from mainrun_nb.optim import StepResult
+from mainrun_nb.runtime import Interrupted, Processes
 from mainrun_nb.tokenizer import BPETokenizer
 from mainrun_nb.tracking import read_events
 
@@ -581,6 +588,48 @@ def one_process(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("one")
     quick(tiny(*NO_DROPOUT), run_dir)
     return losses(run_dir)
+
+
+# What the first process fails with, and what the others hear of it.
+FAILURES = [(InputError("bad"), "InputError: bad"), (Interrupted("stopped", signal.SIGTERM), "Interrupted: stopped"),
+            (OSError(errno.ENOSPC, "No space left on device", "state.pt"),
+             "RunError: the first process failed: [Errno 28] No space left on device: 'state.pt'")]
+
+
+def raised(error):
+    raise error
+
+
+def shares(rank, folder):
+    """What one of two processes hears of the failures of the first."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    heard = []
+    for error, _ in FAILURES:
+        try:
+            Processes(rank, 2).share(functools.partial(raised, error))
+        except Exception as e:
+            heard.append(f"{type(e).__name__}: {e}")
+    Path(folder, f"heard{rank}").write_text(json.dumps([*heard, Processes(rank, 2).share(lambda: "work")]))
+    dist.destroy_process_group()
+
+
+def test_a_failure_of_the_first_process_reaches_the_other(tmp_path):
+    torch.multiprocessing.spawn(shares, (str(tmp_path),), nprocs=2)
+    first, second = (json.loads((tmp_path / f"heard{rank}").read_text()) for rank in (0, 1))
+    assert second == [*(heard for _, heard in FAILURES), "work"]
+    assert first == [*(f"{type(e).__name__}: {e}" for e, _ in FAILURES), "work"]
+
+
+def test_every_exception_of_the_package_survives_the_way_to_another_process():
+    found = set()
+    for name in (m.name for m in pkgutil.iter_modules(mainrun_nb.__path__) if m.name != "__main__"):
+        module = importlib.import_module(f"mainrun_nb.{name}")
+        found |= {c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Exception) and c.__module__.startswith("mainrun_nb")}
+    assert {InputError, RunError, Interrupted} < found
+    for cls in found:
+        error = cls("stopped", 15) if cls is Interrupted else cls("words")
+        again = pickle.loads(pickle.dumps(error))
+        assert (type(again), str(again), vars(again)) == (cls, str(error), vars(error))
 
 
 def test_two_processes_lose_what_one_loses_and_the_first_writes(one_process, tmp_path):
