@@ -119,10 +119,13 @@ def check_takes(cls: type, names: Iterable[str]) -> None:
 def count_parameters(
     model: nn.Module,
     embeddings: bool = True,  # count those of tokens, positions and cases too, and an untied head
+    lookups: bool = True,  # count tables of which a token only reads a row too; that of tokens is one where the head is untied
 ) -> int:
     "Parameters of a model, shared ones once."
-    prefixes = ("embed.tokens", "embed.positions", "embed.cases", "head.", "rare_head.")
-    return sum(p.numel() for name, p in model.named_parameters() if embeddings or not name.startswith(prefixes))
+    named = dict(model.named_parameters())
+    read = () if lookups else ("embed.positions", "embed.cases", *(["embed.tokens"] if "head.weight" in named else []))
+    left_out = read if embeddings else ("embed.tokens", "embed.positions", "embed.cases", "head.", "rare_head.")
+    return sum(p.numel() for name, p in named.items() if not name.startswith(left_out))
 
 # %% ../nbs/17_models.ipynb #8de84a34
 __getattr__ = moved("models")

@@ -353,12 +353,13 @@ PEAKS = {"GH200": 989, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 9
 
 def known_peak(name: str) -> float | None:
     "The data sheet's 16-bit rate of a GPU, in operations per second, if it is in the list."
-    return next((rate * 1e12 for known, rate in PEAKS.items() if re.search(rf"\b{known}\b", name)), None)
+    other = r"(?! (?:NVL|Ti|D|Laptop)\b)"  # another card than the one it is named after, and slower or faster
+    return next((rate * 1e12 for known, rate in PEAKS.items() if re.search(rf"\b{known}\b{other}", name)), None)
 
 # %% ../nbs/20_runtime.ipynb #f22e601b
 def speed_report(
     tokens_per_second: float | None,  # of all processes together
-    parameters: int,
+    parameters: int,  # that multiply: without tables of which a token only reads a row
     hp: Hyperparams,
     device: torch.device,
     processes: int = 1,

@@ -387,7 +387,7 @@ class Run:
         peak = peak_memory(self.device)  # before the speed of the machine is measured
         return {**self.metrics, "lossless": not data.info["lost_titles"], "beats_counting": self.metrics["val/loss"] < counted,
                 "steps": s.step, "skipped_steps": s.skipped, "tokens_per_second": pace, "train_seconds": s.seconds,
-                **speed_report(pace, parameters, hp, self.device, self.procs.count, self.batches.tokens),
+                **speed_report(pace, count_parameters(s.model, lookups=False), hp, self.device, self.procs.count, self.batches.tokens),
                 "peak_memory_bytes": peak, **numerics(hp, self.device),
                 "parameters": parameters, "parameters_non_embedding": count_parameters(s.model, embeddings=False),
                 "seed": hp.seed, "data": data.info, "device": device_info(self.device, self.procs.count),
