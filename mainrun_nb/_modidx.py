@@ -17,6 +17,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'mainrun_nb.attention.CausalAttention': ('attention.html#causalattention', 'mainrun_nb/attention.py'),
                                       'mainrun_nb.attention.CausalAttention.attend': ( 'attention.html#causalattention.attend',
                                                                                        'mainrun_nb/attention.py'),
+                                      'mainrun_nb.attention.CausalAttention.make_cache': ( 'attention.html#causalattention.make_cache',
+                                                                                           'mainrun_nb/attention.py'),
                                       'mainrun_nb.attention.Dropout': ('attention.html#dropout', 'mainrun_nb/attention.py'),
                                       'mainrun_nb.attention.Dropout.forward': ('attention.html#dropout.forward', 'mainrun_nb/attention.py'),
                                       'mainrun_nb.attention.KVCache': ('attention.html#kvcache', 'mainrun_nb/attention.py'),

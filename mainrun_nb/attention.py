@@ -212,7 +212,7 @@ def heads_of(d_model: int, cfg: Any, rope: bool) -> tuple[int, int]:
 
 # %% ../nbs/10_attention.ipynb #1f0cf91f
 class Attention(nn.Module):
-    "Project to heads, attend, project back. A subclass defines `attend`."
+    "Project to heads, attend, project back. A subclass defines `attend`, and `make_cache` if it is to write."
 
     def __init__(self, d_model: int, cfg: Any, common: AttnCommon) -> None:
         super().__init__()
@@ -239,7 +239,11 @@ class Attention(nn.Module):
         return q, k, v.squeeze(0)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, info: TokenInfo, cache: Any, x: Tensor) -> Tensor:
-        "Mix values: (B, H, T, D) to (B, H, T, D). `x` is the layer's input, for variants that score tokens."
+        """Mix values: (B, H, T, D) to (B, H, T, D). `x` is the layer's input, for variants that score tokens.
+
+        Nothing later than a token may count, nor anything of another title: `info.mask`, where that is not None. With a cache,
+        which `make_cache` made, the tokens continue those that it holds.
+        """
         raise NotImplementedError
 
     @property
@@ -248,8 +252,8 @@ class Attention(nn.Module):
         return self.common.dropout if self.training else 0.0
 
     def make_cache(self, batch_size: int, device: Any = None, dtype: Any = None) -> Any:
-        "An empty cache for generation."
-        return KVCache(batch_size, self.n_head, self.common.context_length, self.head_dim, device, dtype)
+        "An empty cache for generation. Raises `InputError` for a layer that keeps none."
+        raise InputError(f"attention_layer: {type(self).__name__} keeps no cache, so it cannot write; see `make_cache` in chapter 10")
 
 # %% ../nbs/10_attention.ipynb #476f6231
 class CausalAttention(Attention):
@@ -263,6 +267,10 @@ class CausalAttention(Attention):
         alone = q.shape[2] == 1 and titles is None
         mask = None if alone else allowed(info.positions, k_pos, info.titles, titles)
         return F.scaled_dot_product_attention(q, k, v, mask)
+
+    def make_cache(self, batch_size: int, device: Any = None, dtype: Any = None) -> KVCache:
+        "An empty cache for generation."
+        return KVCache(batch_size, self.n_head, self.common.context_length, self.head_dim, device, dtype)
 
 # %% ../nbs/10_attention.ipynb #77eb571e
 ATTENTIONS: dict[str, tuple[type[Attention], type]] = {}  # name: layer and settings

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import mainrun_nb.models  # noqa: F401  registers every attention that ships
 from mainrun_nb import attention, sparse_attention
-from mainrun_nb.attention import Attention, TokenInfo
+from mainrun_nb.attention import Attention, CausalAttention, TokenInfo
 from mainrun_nb.config import CausalAttnConfig, GPTConfig, RunError, load_config
 from mainrun_nb.data import IGNORED, joined_chars, title_rows, token_stream
 from mainrun_nb.evaluate import evaluate, validation_metrics
@@ -214,6 +214,7 @@ class Leaky(Attention):
     """Sees the next token, very faintly."""
 
     share = 1e-4
+    make_cache = CausalAttention.make_cache
 
     def attend(self, q, k, v, info, cache, x):
         if cache is not None:

@@ -206,8 +206,10 @@ def test_the_layer_is_the_plain_one_computed_fast():
     plain.load_state_dict(attn.state_dict())
     x, info = torch.randn(2, 80, 24), TokenInfo(torch.arange(80), some_titles(2, 80))
     torch.testing.assert_close(attn(x, info), plain(x, info), atol=1e-5, rtol=0)
+    with pytest.raises(InputError, match="PlainSparseK keeps no cache"):
+        plain.make_cache(2)
     with pytest.raises(NotImplementedError):
-        plain(x, info, plain.make_cache(2))
+        plain(x, info, attn.make_cache(2))
 
 
 def test_scripts_find_what_was_in_one_module():

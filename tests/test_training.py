@@ -24,11 +24,12 @@ import torch.distributed as dist
 
 import mainrun_nb
 import mainrun_nb.trainer as trainer
-from mainrun_nb import device
+from mainrun_nb import cli, device
+from mainrun_nb.attention import ATTENTIONS, Attention, allowed
 from mainrun_nb.check import check_run
 from mainrun_nb.checkpoint import list_checkpoints, load_checkpoint, load_run, read_checkpoint, sealed
 from mainrun_nb.compare import find_runs
-from mainrun_nb.config import Hyperparams, InputError, RunError, load_config, save_config
+from mainrun_nb.config import CausalAttnConfig, Hyperparams, InputError, RunError, load_config, save_config
 from mainrun_nb.gpt import GPT
 from mainrun_nb.hub import export_run
 from mainrun_nb.optim import StepResult
@@ -565,6 +566,25 @@ def test_a_run_builds_its_model_once_to_check_it_and_once_to_train_it(tmp_path, 
     monkeypatch.setattr(GPT, "__init__", lambda self, *args, **kwargs: built.append(1) or honest(self, *args, **kwargs))
     assert quick(tiny("hyperparams.max_steps=2"), tmp_path).metrics["data"]["vocab_size"] == 400
     assert len(built) == 2
+
+
+class Own(Attention):
+    """An attention as a user may write it: nothing but `attend`."""
+
+    def attend(self, q, k, v, info, cache, x):
+        seen = allowed(info.positions, info.positions, info.titles, info.titles).to(v.dtype)
+        return seen / seen.sum(-1, keepdim=True) @ v
+
+
+def test_an_attention_without_a_cache_trains_and_says_that_it_cannot_write(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(ATTENTIONS, "causal", (Own, CausalAttnConfig))
+    with pytest.warns(UserWarning, match="samples.txt: could not be made .*Own keeps no cache, so it cannot write"):
+        result = quick(tiny("hyperparams.max_steps=4"), tmp_path)
+    assert result.loss > 0 and not (tmp_path / "samples.txt").exists()
+    with pytest.raises(SystemExit) as ended:
+        cli.generate_cli(str(tmp_path))
+    said = capsys.readouterr().err.strip().splitlines()
+    assert ended.value.code == 2 and "attention_layer: Own keeps no cache" in said[-1] and "Traceback" not in "".join(said)
 
 
 # --- many processes ---
