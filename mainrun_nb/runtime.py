@@ -240,7 +240,7 @@ def joined(
         if own:
             leave_job()
 
-# %% ../nbs/20_runtime.ipynb #0ab80196
+# %% ../nbs/20_runtime.ipynb #90631bc4
 class Interrupted(RunError):
     "The run was stopped by a signal; `--resume` goes on."
 
@@ -252,7 +252,7 @@ class Interrupted(RunError):
         "What it is made of, for the way to other processes: by itself Python would hand over the message alone."
         return type(self), (str(self), self.signum)
 
-
+# %% ../nbs/20_runtime.ipynb #0ab80196
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
     "Within it, the first SIGINT or SIGTERM is put into the list; a second one raises `Interrupted`."

@@ -643,8 +643,8 @@ def test_a_failure_of_the_first_process_reaches_the_other(tmp_path):
 def test_every_exception_of_the_package_survives_the_way_to_another_process():
     found = set()
     for name in (m.name for m in pkgutil.iter_modules(mainrun_nb.__path__) if m.name != "__main__"):
-        module = importlib.import_module(f"mainrun_nb.{name}")
-        found |= {c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Exception) and c.__module__.startswith("mainrun_nb")}
+        classes = (c for c in vars(importlib.import_module(f"mainrun_nb.{name}")).values() if isinstance(c, type))
+        found |= {c for c in classes if issubclass(c, Exception) and c.__module__.startswith("mainrun_nb")}
     assert {InputError, RunError, Interrupted} < found
     for cls in found:
         error = cls("stopped", 15) if cls is Interrupted else cls("words")
