@@ -18,7 +18,7 @@ def ask(
     command: list[str],  # program and arguments
     timeout: float = 10,  # seconds
 ) -> tuple[str, str]:  # what it printed, and what went wrong ("" if nothing)
-    "The output of a command that may be missing, broken or hanging; never raises, never waits longer than `timeout`."
+    "The output of a command that may be missing, broken or hanging; never raises, and waits at most a second longer than `timeout`."
     try:
         pipe = subprocess.PIPE
         done = subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True)
@@ -27,7 +27,7 @@ def ask(
     try:
         out = done.communicate(timeout=timeout)[0].strip()
     except subprocess.TimeoutExpired:
-        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        with suppress(OSError, subprocess.TimeoutExpired):  # gone already, or not ours to kill
             os.killpg(done.pid, signal.SIGKILL)
             done.communicate(timeout=1)  # one that is killed ends at once; one that hangs in the kernel is not waited for
         return "", f"{command[0]} did not answer within {timeout:g} s"
@@ -75,15 +75,20 @@ def without_keys(line: str) -> str:
     return SECRET.sub(lambda found: (found[1] or found[2] or "") + "***", line)
 
 
+# pid, time since the start, share of a CPU, KiB, and the command line, which a process may have emptied. Some locales write 0,5.
+PROCESS = re.compile(r"\s*(\d+)\s+(\S+)\s+(\d+[.,]?\d*)\s+(\d+)\s*(.*)")
+
+
 def python_processes(timeout: float = 10) -> str:
     "A table of the Python and W&B processes that this machine shows, the busiest first, at most 20."
     out, problem = ask(["ps", "-eo", "pid=,etime=,pcpu=,rss=,args="], timeout)
     if problem:
         return f"Processes are not known: {problem}."
     lines = []
-    for pid, since, cpu, kib, command in sorted((line.split(None, 4) for line in out.splitlines()), key=lambda row: -float(row[2])):
+    found = [match.groups() for line in out.splitlines() if (match := PROCESS.match(line))]
+    for pid, since, cpu, kib, command in sorted(found, key=lambda row: -float(row[2].replace(",", "."))):
         if re.search("python|wandb", command[:200]) and int(pid) != os.getpid():
-            lines.append(f"{pid},{since},{cpu} %,{int(kib) // 1024} MiB,{without_keys(command)[:90]}")
+            lines.append(f"{pid},{since},{cpu.replace(',', '.')} %,{int(kib) // 1024} MiB,{without_keys(command)[:90]}")
     heads = ["pid", "running for", "CPU", "memory", "command"]
     return as_table(heads, "\n".join(lines[:20])) if lines else "No Python or W&B process is running."
 

@@ -47,6 +47,32 @@ def test_an_idle_gpu(smi):
     assert "No process uses a GPU." in gpu.gpu_report()[0]
 
 
+def test_whatever_ps_prints_there_is_a_table(smi, tmp_path):
+    smi(WORKS)
+    (tmp_path / "ps").unlink()
+    (tmp_path / "ps").write_text("""#!/bin/sh
+echo "   11    02:03  1.5  2048 python a.py, twice"
+echo "   12    02:03  9.0  2048"
+echo "   13 3-02:03:04  7,5 4096 python b.py"
+echo "   14    02:03    -     - python of another kind"
+printf '   15    02:03  0.0  1024 python c.py\\fon two\\n'
+echo "error: a line that is no process"
+echo "   16    02:03  0.0  0 "
+""")
+    (tmp_path / "ps").chmod(0o755)
+    text, well = gpu.gpu_report()
+    lines = [line for line in text[text.index("### Python") :].splitlines() if line.startswith("|")]
+    assert well and [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]] == [
+        ["13", "3-02:03:04", "7.5 %", "4 MiB", "python b.py"], ["11", "02:03", "1.5 %", "2 MiB", "python a.py, twice"],
+        ["15", "02:03", "0.0 %", "1 MiB", "python c.py"]]
+
+
+@pytest.mark.parametrize("answer", ["'0, A'", "'0, A | B, 1 MiB, 2 MiB, 0 %, 30, 70 W, and, more'", "''", "'[N/A], , ,'"])
+def test_whatever_nvidia_smi_prints_there_is_a_table(smi, answer):
+    smi(f"echo {answer}")
+    assert gpu.gpu_report()[0].startswith("## GPU status")
+
+
 def test_no_gpu_is_no_fault(smi):
     smi(None)
     text, well = gpu.gpu_report()
