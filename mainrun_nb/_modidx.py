@@ -630,6 +630,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'mainrun_nb.memory.machine_pace': ('memory.html#machine_pace', 'mainrun_nb/memory.py'),
                                    'mainrun_nb.memory.measured_peak': ('memory.html#measured_peak', 'mainrun_nb/memory.py'),
                                    'mainrun_nb.memory.memory_budget': ('memory.html#memory_budget', 'mainrun_nb/memory.py'),
+                                   'mainrun_nb.memory.memory_limits': ('memory.html#memory_limits', 'mainrun_nb/memory.py'),
                                    'mainrun_nb.memory.predicted_time': ('memory.html#predicted_time', 'mainrun_nb/memory.py'),
                                    'mainrun_nb.memory.simulate_step': ('memory.html#simulate_step', 'mainrun_nb/memory.py'),
                                    'mainrun_nb.memory.simulated_on': ('memory.html#simulated_on', 'mainrun_nb/memory.py'),

@@ -13,6 +13,7 @@ import math
 import os
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
@@ -313,14 +314,28 @@ def inference_memory(
         once = tensor_bytes(list(weights), getattr(cache, "precomputed", ())) - parameters
         return {"parameters": parameters, "precomputed": once, "cache": tensor_bytes(cache.layers)}
 
+# %% ../nbs/22_memory.ipynb #22526c27
+def memory_limits(
+    root: Path = Path("/sys/fs/cgroup"),
+    own: Path = Path("/proc/self/cgroup"),  # which groups this process is in, by lines of number, controllers and path
+) -> list[int]:  # bytes
+    "The limits of the control groups that this process is in, and of those around them; of version 2 and of version 1."
+    found, lines = [], ["0::/"]  # of version 2, the root
+    with suppress(OSError):
+        lines += own.read_text().splitlines()
+    for controllers, path in (line.split(":", 2)[1:] for line in lines if line.count(":") >= 2):
+        top, name = (root / "memory", "memory.limit_in_bytes") if controllers else (root, "memory.max")
+        group = top / path.lstrip("/")
+        if not controllers or "memory" in controllers.split(","):
+            for folder in (group, *group.parents):  # above the top there is no such file
+                with suppress(OSError, ValueError):  # no such group here, as seen from a container, or its limit is "max"
+                    found.append(int((folder / name).read_text()))
+    return found
+
 # %% ../nbs/22_memory.ipynb #85c76d76
 def machine_memory() -> int:  # bytes
-    "The memory of this machine or, where that is less, of the container it runs in."
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # no such group, or its limit is "max"
-        return total
+    "The memory of this machine or, where that is less, of the job or container this process runs in."
+    return min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *memory_limits()])
 
 
 def memory_budget(cfg: Config, device: str = "cpu") -> int:  # bytes

@@ -186,3 +186,27 @@ def test_ctrl_c_is_not_raised_where_pytorch_asks_a_fake_tensor_for_its_device(mo
         assert simulate_step(load_config(overrides=ONE), 100)[0]["total"] and asked  # an ignored signal stays ignored
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("own, files, limits", [
+    ("0::/", {"memory.max": "900"}, [900]),  # in a container, which sees its own group as the root
+    ("0::/job/step", {"job/step/memory.max": "max", "job/memory.max": "700", "memory.max": "900"}, [700, 900]),
+    ("0::/host/only", {"memory.max": "900"}, [900]),  # a path of the host's
+    ("9:cpu,cpuacct:/job\n4:memory:/job\n0::/", {  # version 1, which writes "no limit" as a number
+        "memory/job/memory.limit_in_bytes": "500", "memory/memory.limit_in_bytes": str(2**63 - 4096), "cpu/job/memory.limit_in_bytes": "1",
+    }, [500, 2**63 - 4096]),
+    ("0::/a:b", {"a:b/memory.max": "600"}, [600]),
+    ("4:hugetlb,memory:/docker/x", {"memory/memory.limit_in_bytes": "800"}, [800]),
+    ("", {"memory.max": "900"}, [900]), ("no group at all", {}, []), (None, {"memory.max": "words"}, []),
+])
+def test_the_limit_of_a_job_or_container_is_the_machines_memory(tmp_path, monkeypatch, own, files, limits):
+    root = tmp_path / "cgroup"
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text + "\n")
+    if own is not None:
+        (tmp_path / "own").write_text(own + "\n")
+    assert sorted(set(memory.memory_limits(root, tmp_path / "own"))) == limits
+    monkeypatch.setattr(memory, "memory_limits", lambda: limits)
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert memory.machine_memory() == min([total, *limits])
