@@ -383,8 +383,8 @@ class EMA:
         "What `update` does on a GPU, without waiting to know `ok`."
         averages = list(self.average.values())
         apart = torch._foreach_sub(list(self.params.values()), averages)
-        way = torch.cat([part.flatten() for part in apart]).mul_(1 - self.decay)
-        way = torch.where(ok, way, 0.0)  # not times `ok`: an infinite weight times 0 is no number; and as one tensor, in one launch
+        way = torch.cat([part.flatten() for part in apart]).mul_(1 - self.decay)  # one tensor, to be masked in one launch
+        way.masked_fill_(~ok, 0.0)  # and not times `ok`: an infinite weight times 0 is no number
         torch._foreach_add_(averages, [w.view_as(a) for w, a in zip(way.split([a.numel() for a in averages]), averages, strict=True)])
 
     @torch.no_grad()
