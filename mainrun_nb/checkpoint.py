@@ -479,11 +479,16 @@ def read_result(path: Path) -> dict[str, Any]:
     return result
 
 # %% ../nbs/25_checkpoint.ipynb #f554ddc8
-def check_titles(run_dir: Path, source: str, known: str, found: str) -> None:
-    "Raise `InputError` where titles are not those of a run, by their digests; of a digest that is not known nothing is said."
+def check_titles(folder: Path, source: str, known: str, found: str, what: str = "run") -> None:
+    "Raise `InputError` where titles are not those of a run or a sweep, by their digests; of one that is not known nothing is said."
     if known and not found.startswith(known):
-        raise InputError(f"{run_dir}: the titles are not those that the run was begun with; '{source}' has changed or is another file, "
+        raise InputError(f"{folder}: the titles are not those that the {what} was begun with; '{source}' has changed or is another file, "
                          "data.source=FILE names the right one")
+
+
+def split_digest(cfg: Config) -> str:
+    "The digest of a configuration's titles and their split. Raises `InputError` for titles that cannot be had."
+    return titles_digest(*split_titles(load_titles(cfg), cfg))
 
 
 def finished(run_dir: Path, cfg: Config) -> dict[str, Any] | None:
@@ -498,7 +503,7 @@ def finished(run_dir: Path, cfg: Config) -> dict[str, Any] | None:
         warnings.warn(f"{path}: is damaged ({e}); it is written again", stacklevel=2)
         return None
     if any(asked[k] != v for k, v in flatten(load_config(run_dir / "config.yaml")).items() if k in PLACE):
-        check_titles(run_dir, cfg.data.source, known, titles_digest(*split_titles(load_titles(cfg), cfg)))
+        check_titles(run_dir, cfg.data.source, known, split_digest(cfg))
     return result
 
 # %% ../nbs/25_checkpoint.ipynb #8a116121

@@ -26,10 +26,10 @@ from tqdm.auto import tqdm
 # %% ../nbs/31_sweep.ipynb #08b4d5b5
 from . import moved
 from .check import other_base
-from .checkpoint import atomic_write, differences, read_result, read_sealed, require_one_run, run_lock, sealed
-from .config import Config, InputError, RunError, TrackingConfig, did_you_mean, flatten, load_config, save_config
-from .data import load_titles
+from .checkpoint import atomic_write, differences, read_result, read_sealed, require_one_run, run_lock, sealed, split_digest
+from .config import Config, InputError, RunError, TrackingConfig, config_yaml, did_you_mean, flatten, load_config
 from .device import pick_device
+from .hub import of_hub, published
 from .memory import MemoryBudgetError, check_budget, check_build, formula_need, in_words, predicted_time, steps_of
 from .runtime import Interrupted, in_log_file, noted_signals
 from .search import Chooser, Dimension, Search, for_wandb, grid_points, optuna_history, random_point, read_search  # noqa: F401
@@ -37,7 +37,8 @@ from .files import check_file_name
 from .space import Setting
 from .tracking import has_key, sync_hint, wandb_mode
 from .trials import ENGINES, FINAL, EvaluationLog, Leaderboard, LocalEngine, Trial, disk_was_full, evaluations, override
-from .trials import read_board, read_record, read_trials, sweep_id, template, visible_gpus, watch_trial  # noqa: F401  for scripts
+from .trials import check_sweep_titles, chooses_titles, read_board, read_record, read_trials, sweep_id, template, visible_gpus
+from .trials import watch_trial  # noqa: F401  for scripts
 
 # %% ../nbs/31_sweep.ipynb #825ecb96
 def can_run(
@@ -288,9 +289,9 @@ def _grown(key: str, old: Any, new: Any, grid: bool) -> bool:
     return limits and (key.endswith(".max") and new >= old or key.endswith(".min") and new <= old)
 
 # %% ../nbs/31_sweep.ipynb #499e9b9c
-def record_of(search: Search, base: Config) -> dict[str, Any]:
-    "What is kept in sweep.json."
-    return {"search": search.raw, "metric": search.metric, "goal": search.goal, "configuration": flatten(base)}
+def record_of(search: Search, base: Config, titles: str) -> dict[str, Any]:
+    "What is kept in sweep.json; `titles` is their digest, empty where the search chooses them."
+    return {"search": search.raw, "metric": search.metric, "goal": search.goal, "configuration": flatten(base), "titles": titles}
 
 
 def amended(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -351,8 +352,8 @@ def claimed(out: Path, record: dict[str, Any], base: Config, resume: bool) -> It
         raise InputError(f"{out}: cannot be created ({e.strerror})") from None
     with run_lock(out), kept(out):
         check_sweep_folder(out, record, base, resume)  # again: another process may have been faster
-        save_config(base, out / ".base.yaml.tmp")
-        os.replace(out / ".base.yaml.tmp", out / "base.yaml")
+        check_sweep_titles(out, base, record["titles"])
+        atomic_write(out / "base.yaml", config_yaml(base))
         own = {"sweep": sweep_id(out, read_trials(out)) or os.urandom(4).hex()}
         atomic_write(out / "sweep.json", json.dumps(sealed({**record, **own}), indent=1))
         yield
@@ -378,18 +379,20 @@ def check_arguments(engine: str, **given: Any) -> None:
         raise InputError("retry: goes with --resume")
 
 # %% ../nbs/31_sweep.ipynb #9d20c036
-def prepared(search: str | Path, base: str | Path, overrides: list[str] | tuple[str, ...], fast: bool) -> tuple[Config, Search]:
-    "The configuration and the search over it. Raises `InputError`, also for titles that cannot be had, unless the search chooses them."
+def prepared(search: str | Path, base: str | Path, overrides: list[str] | tuple[str, ...], fast: bool) -> tuple[Config, Search, str]:
+    """The configuration, the search over it, and the digest of the titles, empty where the search chooses them.
+
+    Raises `InputError`, also for titles that cannot be had, unless the search chooses them.
+    """
     cfg = load_config(base, overrides)
     found = read_search(search, cfg)
     varied = {d.key for d in found.dimensions}
     for given in (text for text in overrides if text.partition("=")[0] in varied):
         warnings.warn(f"{given}: has no effect, the search varies it", stacklevel=3)
-    if not any(key == "hyperparams.num_titles" or key.startswith("data.") for key in varied):
-        load_titles(cfg)
+    titles = "" if any(map(chooses_titles, varied)) else split_digest(cfg)
     if not fast:
         template("trial.ipynb")
-    return cfg, found
+    return cfg, found, titles
 
 
 def final_board(out: Path, tracking: TrackingConfig | None = None) -> Leaderboard:
@@ -470,11 +473,11 @@ def run_sweep(
 ) -> Leaderboard:
     "Run a sweep. Raises `InputError` before anything runs, `RunError` or `Interrupted` with everything so far kept."
     check_arguments(engine, trials=trials, jobs=jobs, seed=seed, resume=resume, address=address, retry=retry, failures=failures)
-    (cfg, found), out = prepared(search, base, overrides, fast), Path(out_dir)
+    (cfg, found, titles), out = prepared(search, base, overrides, fast), Path(out_dir)
     if engine == "wandb":
-        return run_wandb_sweep(found, cfg, out, trials, fast)
+        return run_wandb_sweep(found, cfg, titles, out, trials, fast)
     gpus, jobs = gpus_for(cfg, jobs) if ENGINES[engine].here else ({}, jobs)
-    with claimed(out, {**record_of(found, cfg), "seed": seed}, cfg, resume), closing(ENGINES[engine](jobs, address, gpus)) as runner:
+    with claimed(out, record_of(found, cfg, titles) | {"seed": seed}, cfg, resume), closing(ENGINES[engine](jobs, address, gpus)) as runner:
         undo(out, retry)
         made = found, out, most_trials(found, trials), jobs, runner, fast, Chooser(found, flatten(cfg), seed)
         Sweep(*made, failures, min(gpus.values(), default=0), cfg.tracking).run(progress)
@@ -482,11 +485,11 @@ def run_sweep(
 
 # %% ../nbs/31_sweep.ipynb #bd6e6956
 def recipe(cfg: Config, result: dict[str, Any]) -> str:
-    "A configuration as YAML, without its defaults, under a header with its result."
+    "A configuration as YAML, without its defaults and what concerns one machine or account, under a header with its result."
     defaults, tree = flatten(Config()), {}  # type: tuple[dict[str, Any], dict[str, Any]]
-    for key, value in flatten(cfg).items():
-        if key == "data.source" and value not in ("hackernews", "synthetic"):
-            value = "${oc.env:HN_TITLES,hackernews}"  # a path of one machine is no recipe
+    for key, value in flatten(published(cfg)).items():
+        if key == "data.source" and not of_hub(cfg.data.source):
+            value = "${oc.env:HN_TITLES,hackernews}"
         if value != defaults.get(key):
             *sections, last = key.split(".")
             node: dict[str, Any] = tree
@@ -494,7 +497,7 @@ def recipe(cfg: Config, result: dict[str, Any]) -> str:
                 node = node.setdefault(section, {})
             node[last] = value
     data, loss = result["data"], result["val/loss"]
-    source = data["source"] if data["source"] in ("hackernews", "synthetic") else Path(data["source"]).name
+    source = data["source"] if of_hub(data["source"]) else Path(data["source"]).name
     facts = {"val/loss": f"{loss:.6f} nats per character, full coverage", "seed": result["seed"], "steps": result["steps"],
              "parameters": f"{result['parameters']:,}", "data": f"{source}, {data['n_titles']} titles, split {data['sha256'][:16]}",
              "commit": result["commit"]}
@@ -571,7 +574,7 @@ class WandbSweep(Sweep):
             self.settle(trial, *(("pruned", "stopped by W&B") if type(e) is Exception else ("failed", f"{type(e).__name__}: {e}")))
 
 # %% ../nbs/31_sweep.ipynb #40fbc2da
-def run_wandb_sweep(search: Search, cfg: Config, out: Path, trials: int | None, fast: bool) -> Leaderboard:
+def run_wandb_sweep(search: Search, cfg: Config, titles: str, out: Path, trials: int | None, fast: bool) -> Leaderboard:
     "Register the search at W&B and run what it asks for: so many trials, or until it has no more. Raises `InputError` without a key."
     if not has_key():
         raise InputError("engine wandb: needs a key; set WANDB_API_KEY (or put it into .env), or use --engine local")
@@ -580,7 +583,7 @@ def run_wandb_sweep(search: Search, cfg: Config, out: Path, trials: int | None, 
     at: Any = {name: search.raw.get(name) or getattr(cfg.tracking, name) for name in ("entity", "project")}
     asked = for_wandb(search, trials)
     silent = replace(cfg, tracking=replace(cfg.tracking, backends=[]))
-    with claimed(out, record_of(search, cfg), silent, resume=False), closing(LocalEngine(1)) as engine:
+    with claimed(out, record_of(search, cfg, titles), silent, resume=False), closing(LocalEngine(1)) as engine:
         sweep = WandbSweep(search, out, engine, fast)
 
         def one() -> None:

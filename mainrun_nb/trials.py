@@ -30,8 +30,8 @@ from typing import Any
 import torch
 import yaml
 
-from .checkpoint import atomic_write, lock, read_result, read_sealed, sealed
-from .config import InputError, RunError, shipped
+from .checkpoint import atomic_write, check_titles, collect, lock, read_result, read_sealed, sealed, split_digest
+from .config import Config, InputError, RunError, flatten, load_config, shipped
 from .gpu import ask
 from .messages import as_yaml
 from .tracking import as_event
@@ -292,6 +292,42 @@ def read_board(out_dir: str | Path) -> Leaderboard:
     record, trials = read_record(out_dir), read_trials(out_dir)
     sweep_id(out_dir, trials)
     return Leaderboard(trials, record["metric"], record["goal"])
+
+# %% ../nbs/29a_trials.ipynb #bb434bfd
+def chooses_titles(key: str) -> bool:
+    "Whether a setting decides which titles a run has, or where they are."
+    return key == "hyperparams.num_titles" or key.startswith("data.")
+
+
+def known_titles(run_dir: Path) -> str:
+    "The digest of the titles that a run was begun with; empty if its files do not say."
+    for claim in collect(run_dir):
+        data = claim.content.get("data")
+        if found := claim.identity.titles if claim.identity else str(data.get("sha256", "")) if isinstance(data, dict) else "":
+            return found
+    return ""
+
+
+def check_sweep_titles(
+    out: Path,  # the folder of a sweep that goes on, or of none yet
+    base: Config,
+    own: str,  # digest of the titles of `base`; empty: the search chooses them
+) -> None:
+    "Raise `InputError` where a sweep would go on with other titles than its trials had; what can no longer be read is left to the trials."
+    kept, seen = read_record(out).get("titles") if (out / "sweep.json").exists() else "", set[str]()
+    if kept and own:
+        return check_titles(out, base.data.source, kept, own, "sweep")
+    for trial in read_trials(out):
+        chosen = json.dumps({k: v for k, v in trial.params.items() if chooses_titles(k)})
+        if chosen in seen or not (known := known_titles(trial.folder(out) / "run")):
+            continue
+        seen.add(chosen)
+        try:
+            cfg = load_config(None, [override(*item) for item in {**flatten(base), **trial.params}.items()])
+            found = split_digest(cfg)
+        except InputError:
+            continue
+        check_titles(out, cfg.data.source, known, found, "sweep")
 
 # %% ../nbs/29a_trials.ipynb #b6fc1401
 def template(name: str) -> Path:

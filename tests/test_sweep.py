@@ -15,8 +15,10 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from mainrun_nb import files
 from mainrun_nb import sweep as sw
 from mainrun_nb import trials as tr
+from mainrun_nb.checkpoint import split_digest
 from mainrun_nb.config import InputError, RunError, config_yaml, find_file, flatten, load_config
 from mainrun_nb.memory import estimate_memory
 from mainrun_nb.search import evaluations, grid_points, override, random_point, read_board, read_search, read_trials
@@ -365,6 +367,54 @@ def test_a_sweep_of_an_earlier_version_goes_on(tmp_path, base, pretend):
     assert len(pretend(search, base, out, trials=3, resume=True).trials) == 3
 
 
+def title_files(tmp_path: Path) -> tuple[str, str, str]:
+    """Three files of titles, as settings: one, the same elsewhere, and another."""
+    files = {"mine": "Ask HN: number {}", "moved": "Ask HN: number {}", "others": "Show HN: number {}"}
+    for name, text in files.items():
+        (tmp_path / f"{name}.txt").write_text("".join(f"{text.format(i)}\n" for i in range(1600)))
+    mine, moved, others = (f"data.source={tmp_path / name}.txt" for name in files)
+    return mine, moved, others
+
+
+def test_a_sweep_goes_on_with_the_titles_it_was_begun_with(tmp_path, base, pretend, monkeypatch):
+    """Wherever they lie, and however a path is given: here also by HN_TITLES, which another shell may not have."""
+    search, out, (mine, moved, others) = search_of(tmp_path, f"method: grid\n{LRS}"), tmp_path / "out", title_files(tmp_path)
+    monkeypatch.setenv("HN_TITLES", mine.partition("=")[2])
+    given = "data.source=${oc.env:HN_TITLES,hackernews}"
+    pretend(search, base, out, trials=2, overrides=[given])
+    monkeypatch.setenv("HN_TITLES", others.partition("=")[2])
+    before = {p: p.read_bytes() for p in out.rglob("*.*") if p.is_file()}
+    with pytest.raises(InputError, match=r"out: the titles are not those that the sweep was begun with; '.*others.txt' has changed .*$"):
+        pretend(search, base, out, trials=3, resume=True, overrides=[given])
+    assert before == {p: p.read_bytes() for p in out.rglob("*.*") if p.is_file()}
+    assert len(pretend(search, base, out, trials=3, resume=True, overrides=[moved]).trials) == 3
+    Path(moved.partition("=")[2]).write_text(Path(others.partition("=")[2]).read_text())
+    with pytest.raises(InputError, match="titles are not those that the sweep was begun with"):
+        pretend(search, base, out, trials=4, resume=True, overrides=[moved])
+
+
+@pytest.mark.parametrize("dimension", ["hyperparams.lr: {values: [0.01, 0.02]}", "data.max_chars: {values: [9, 20]}"])
+@pytest.mark.parametrize("claims", ["nothing", "result", "log"])
+def test_where_no_digest_is_kept_the_trials_say_which_titles_they_had(tmp_path, base, pretend, dimension, claims):
+    """A sweep from before digests were kept, and one whose search chooses the titles, of each of its choices."""
+    search, out, (mine, moved, others) = search_of(tmp_path, f"parameters: {{{dimension}}}\nmethod: grid"), tmp_path / "out", title_files(tmp_path)
+    for trial in pretend(search, base, out, overrides=[mine]).trials:
+        titles, run = split_digest(load_config(base, [mine, *trial.overrides])), trial.folder(out) / "run"
+        if claims == "result":
+            (run / "result.json").write_text(json.dumps({"val/loss": 1.0, "data": {"sha256": titles}}))
+        elif claims == "log":
+            first = {"event": "hyperparameters_configured", "identity": {"run": "a", "config": "b", "tokenizer": "c", "titles": titles[:16]}}
+            (run / "metrics.jsonl").write_text(json.dumps(first) + "\n")
+    record = json.loads((out / "sweep.json").read_text())
+    assert bool(record.pop("titles")) == dimension.startswith("hyperparams")
+    (out / "sweep.json").write_text(json.dumps({k: v for k, v in record.items() if k != "seal"}))
+    if claims != "nothing":
+        with pytest.raises(InputError, match="titles are not those that the sweep was begun with; '.*others.txt'"):
+            pretend(search, base, out, resume=True, overrides=[others])
+    assert len(pretend(search, base, out, resume=True, overrides=[moved]).trials) == 2
+    assert bool(json.loads((out / "sweep.json").read_text())["titles"]) == dimension.startswith("hyperparams")
+
+
 def test_damaged_folders_say_so_in_one_line(tmp_path, base, pretend):
     search, out = search_of(tmp_path, f"method: grid\n{LRS}"), tmp_path / "out"
     pretend(search, base, out, trials=2)
@@ -506,6 +556,13 @@ def test_a_promoted_recipe_says_what_it_is(tmp_path, base, pretend):
     for part in ("# val/loss: 1.200000", "# seed: 7", "# data: titles.txt.gz, 1500 titles, split abababababababab", "# commit: c0ffee"):
         assert part in text
     assert "/a/b" not in text and yaml.safe_load(text)["data"]["source"] == "${oc.env:HN_TITLES,hackernews}"
+    hub = ["data.source=hf:owner/set", "data.revision=v2", "tracking.backends=[wandb]", f"hyperparams.log_file={tmp_path}/log.jsonl"]
+    told = sw.labels(read_trials(tmp_path / "out")[1], load_config(base, hub).tracking, "out")
+    best.joinpath("config.yaml").write_text(config_yaml(load_config(base, [*hub, *told, "hyperparams.seed=7"])))
+    best.joinpath("result.json").write_text(json.dumps({**result, "data": {**data, "source": "hf:owner/set"}}))
+    text = promote(tmp_path / "out", "shared", tmp_path / "sota").read_text()
+    assert "# data: hf:owner/set, 1500 titles" in text and "trial-0001" not in text and str(tmp_path) not in text
+    assert yaml.safe_load(text)["data"] == {"source": "hf:owner/set", "revision": "v2"} and "tracking" not in yaml.safe_load(text)
     with pytest.raises(InputError, match="exists"):
         promote(tmp_path / "out", "best", tmp_path / "sota")
     with pytest.raises(InputError, match="not the folder of a sweep"):
@@ -762,8 +819,8 @@ def test_a_full_disk_is_no_end(tmp_path, base, pretend, monkeypatch):
     old.status, old.error = "failed", full
     old.save(tmp_path / "out")
     assert pretend(search, base, tmp_path / "out", trials=2, resume=True).counts == {"complete": 2}
-    with monkeypatch.context() as m, pytest.raises(RunError, match="No space left on device; --resume goes on$"):
-        m.setattr(sw, "save_config", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device", "base.yaml")))
+    with monkeypatch.context() as m, pytest.raises(RunError, match="base.yaml: could not be written .No space left on device.$"):
+        m.setattr(files, "write_forced", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         pretend(search, base, tmp_path / "new", trials=2)
 
 
