@@ -132,6 +132,24 @@ def test_seeds_are_grouped_and_paired(tmp_path):
     assert "+0.1000 ± 0.0000 (3 seeds)" in page, "the noise that both have is gone"
 
 
+def test_every_recipe_has_a_name_and_a_colour_of_its_own(tmp_path):
+    """Two recipes with the same seeds in one sweep, as search/seeds makes them, and runs whose names end in what is also their seed."""
+    out = tmp_path / "seeds"
+    for number in range(10):
+        trial = Trial(number, {"hyperparams.seed": 1 + number // 2, "hyperparams.shuffle": bool(number % 2)}, "complete", 1.5)
+        trial.save(out)
+        write_run(trial.folder(out) / "run", 1.5 + 0.1 * (number % 2), trial.params["hyperparams.seed"],
+                  overrides=[f"hyperparams.shuffle={number % 2 == 1}"])
+    (out / "sweep.json").write_text(json.dumps({"metric": "val/loss", "goal": "minimize"}))
+    write_run(tmp_path / "d512", 1.7, seed=2, overrides=["hyperparams.lr=0.5"])
+    names = ["seeds/trial, shuffle=false", "seeds/trial, shuffle=true", "d512"]
+    found = recipes(find_runs([out, tmp_path / "d512"]))
+    assert [(r.name, len(r.seeds)) for r in found] == list(zip(names, (5, 5, 1), strict=True))
+    assert report.colours_of(found) == dict(zip(names, ("var(--c0)", "var(--c1)", "var(--c2)"), strict=True))
+    page = frame(write_html([out, tmp_path / "d512"], tmp_path / "page.html").read_text())
+    assert "11 runs of 3 recipes" in page and all(name in page for name in names)
+
+
 @pytest.mark.parametrize("damage", ["", "[]", "{", "null", "\x00\xff", '{"val/loss": "high", "data": [1], "versions": 3, "device": null}',
                                     '{"val/loss": 1e999, "parameters": -1}', "[" * 200_000])
 @pytest.mark.parametrize("name", ["result.json", "metrics.jsonl", "config.yaml", "samples.txt", "../trial.json", "../../sweep.json",
