@@ -552,9 +552,12 @@ def curve(run: Run, event: str, key: str) -> np.ndarray:  # (points, 3): step, m
     "The points of one of a run's curves. What is not a number is left out."
     found, seconds = [], 0.0
     for e in run.events:
+        spent = number(e.get("seconds")) or 0.0
+        if e["event"] == "training_step":
+            seconds += spent
+        elif e["event"] == "validation_step":
+            seconds = max(seconds, spent)  # of steps that the log has lost
         if e["event"] == event:
-            spent = number(e.get("seconds")) or 0.0
-            seconds = spent if event == "validation_step" else seconds + spent
             step, loss = number(e.get("step")), number(e.get(key))
             if step is not None and loss is not None:
                 found.append((step, seconds / 60, loss))
