@@ -568,6 +568,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mainrun_nb.hub.gpt2_name': ('hub.html#gpt2_name', 'mainrun_nb/hub.py'),
                                 'mainrun_nb.hub.hf_tokenizer': ('hub.html#hf_tokenizer', 'mainrun_nb/hub.py'),
                                 'mainrun_nb.hub.import_gpt2': ('hub.html#import_gpt2', 'mainrun_nb/hub.py'),
+                                'mainrun_nb.hub.left_over': ('hub.html#left_over', 'mainrun_nb/hub.py'),
                                 'mainrun_nb.hub.load_exported': ('hub.html#load_exported', 'mainrun_nb/hub.py'),
                                 'mainrun_nb.hub.model_card': ('hub.html#model_card', 'mainrun_nb/hub.py'),
                                 'mainrun_nb.hub.of_hub': ('hub.html#of_hub', 'mainrun_nb/hub.py'),

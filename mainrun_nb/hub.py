@@ -12,9 +12,11 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from glob import escape
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -448,6 +450,18 @@ def check_repo(repo: str) -> None:
     if not get_token():
         raise InputError("--push: needs a token of the Hugging Face hub; say hf auth login, or set HF_TOKEN")
 
+# %% ../nbs/28_hub.ipynb #52f0283f
+def left_over(api: Any, repo: str, folder: Path) -> list[str]:
+    "The files in a repository that an earlier export has put there and this one lacks; none where that cannot be known."
+    there = set(api.list_repo_files(repo))
+    if MANIFEST not in there:
+        return []
+    with TemporaryDirectory() as place, suppress(InputError):  # a list that is damaged vouches for nothing
+        api.hf_hub_download(repo, MANIFEST, local_dir=place)
+        earlier = set(read_manifest(Path(place))["files"])
+        return sorted((earlier & there) - {p.relative_to(folder).as_posix() for p in folder.rglob("*")})
+    return []
+
 # %% ../nbs/28_hub.ipynb #b93584fc
 def push_export(
     folder: str | Path,  # an export
@@ -458,8 +472,10 @@ def push_export(
 
     check_repo(repo)
     try:
-        made = HfApi().create_repo(repo, private=True, exist_ok=True)
-        HfApi().upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message="Export of a run of mainrun_nb")
+        api = HfApi()
+        made = api.create_repo(repo, private=True, exist_ok=True)
+        stale = [escape(name) for name in left_over(api, made.repo_id, Path(folder))] or None
+        api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message="Export of a run of mainrun_nb", delete_patterns=stale)
     except Exception as e:  # the hub's client raises what its layers raise
         raise RunError(f"{repo}: the hub did not take it ({first_line(e)}); the export is in {folder}") from None
     return str(made)

@@ -156,16 +156,26 @@ class Hub(BaseHTTPRequestHandler):
     def log_message(self, *args: object) -> None:
         pass
 
-    def answer(self, content: dict, code: int = 200) -> None:
-        raw = json.dumps(content).encode()
+    def answer(self, content: dict | list | bytes, code: int = 200, headers: dict[str, str] | None = None) -> None:
+        raw = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(raw)))
+        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(raw)), **(headers or {})}.items():
+            self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(raw)
+        if self.command != "HEAD":
+            self.wfile.write(raw)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
 
     def do_GET(self) -> None:
         self.server.seen.append(self.path)
+        if "/tree/" in self.path:
+            files = self.server.files
+            return self.answer([{"type": "file", "path": name, "size": len(raw), "oid": "2" * 40} for name, raw in files.items()])
+        if "/resolve/" in self.path:
+            raw = self.server.files[self.path.partition("/resolve/main/")[2]]
+            return self.answer(raw, headers={"X-Repo-Commit": "1" * 40, "ETag": '"3"'})
         self.answer({"id": "me/titles", "sha": "0" * 40, "siblings": [], "private": True, "name": "me", "type": "user", "orgs": []})
 
     def do_POST(self) -> None:
@@ -186,6 +196,9 @@ class Hub(BaseHTTPRequestHandler):
         if "/commit/" in self.path:
             lines = [json.loads(line) for line in body.splitlines()]
             server.files |= {v["path"]: base64.b64decode(v["content"]) for v in (line["value"] for line in lines if line["key"] == "file")}
+            for line in lines:
+                if line["key"] == "deletedFile":
+                    del server.files[line["value"]["path"]]
             url = f"http://{self.headers['Host']}/me/titles/commit/{'1' * 40}"
             return self.answer({"success": True, "commitOid": "1" * 40, "commitUrl": url, "hookOutput": ""})
         self.answer({"error": self.path}, 404)
@@ -225,6 +238,20 @@ def test_what_is_pushed_is_what_was_exported(hub, own, tmp_path):
         (tmp_path / "theirs" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "theirs" / name).write_bytes(raw)
     same(load_exported(tmp_path / "theirs"), load_run(own))
+
+
+@pytest.mark.slow
+def test_another_export_takes_the_place_of_an_earlier_one_and_of_nothing_else(hub, own, tmp_path):
+    """First in GPT-2's form, then a rotary model: transformers must not find the first one's files beside the second's weights."""
+    train(tiny(*STEPS), tmp_path / "plain", progress=False)
+    hub.files = {"LICENSE": b"mine", "tokenizer_config.json.md": b"mine", ".gitattributes": b"theirs"}
+    theirs = dict(hub.files)
+    assert push(hub, tmp_path / "plain", tmp_path).returncode == 0 and "config.json" in hub.files and "LICENSE" in hub.files
+    done, out = push(hub, own, tmp_path), tmp_path / "out"
+    assert done.returncode == 0, done.stderr
+    assert hub.files == theirs | {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    hub.files |= {"mainrun_nb/export.json": b"{", "config.json": b"of whom?"}
+    assert push(hub, own, tmp_path).returncode == 0 and hub.files["config.json"] == b"of whom?", "a damaged list vouches for nothing"
 
 
 @pytest.mark.slow
