@@ -1390,6 +1390,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'mainrun_nb.tracking.first_of': ('tracking.html#first_of', 'mainrun_nb/tracking.py'),
                                      'mainrun_nb.tracking.has_key': ('tracking.html#has_key', 'mainrun_nb/tracking.py'),
                                      'mainrun_nb.tracking.live_curve': ('tracking.html#live_curve', 'mainrun_nb/tracking.py'),
+                                     'mainrun_nb.tracking.plain_file': ('tracking.html#plain_file', 'mainrun_nb/tracking.py'),
                                      'mainrun_nb.tracking.plot_curves': ('tracking.html#plot_curves', 'mainrun_nb/tracking.py'),
                                      'mainrun_nb.tracking.read_events': ('tracking.html#read_events', 'mainrun_nb/tracking.py'),
                                      'mainrun_nb.tracking.read_tracking': ('tracking.html#read_tracking', 'mainrun_nb/tracking.py'),

@@ -97,12 +97,11 @@ class Kept:
 
 def replace_log(path: Path, kept: list[bytes], aside: list[bytes]) -> None:
     "Leave the lines `kept` in a log, and append those that were damaged to the file beside it."
-    if path.exists() and path.read_bytes().startswith(whole := b"".join(kept)):
+    whole = b"".join(kept)
+    if path.exists() and path.read_bytes().startswith(whole):
         os.truncate(path, len(whole))  # nothing is rewritten
     else:
-        scratch = path.with_name(f".{path.name}.tmp")
-        scratch.write_bytes(b"".join(kept))
-        os.replace(scratch, path)
+        atomic_write(path, whole)
     if aside:
         with open(path.with_name(ASIDE), "ab") as f:
             f.writelines(line.rstrip(b"\n") + b"\n" for line in aside)
@@ -269,18 +268,32 @@ def first_of(path: Path) -> bytes:
         return file.readline()
 
 
+def plain_file(path: Path) -> Path | None:
+    "The ordinary file, there or not yet, that a path and its links lead to; None for anything else, and for what a process holds open."
+    for _ in range(40):  # as many links as Linux follows
+        path = Path(os.path.realpath(path.parent), path.name)
+        if any(map(path.is_relative_to, ("/proc", "/dev/fd"))):
+            return None
+        if not path.is_symlink():
+            break
+        path = path.parent / os.readlink(path)
+    return path if path.is_file() or not path.exists() else None
+
+
 def check_copy(copy: Path, run_dir: Path | None, resume: bool = True) -> None:
     "Raise `InputError` for a second log that cannot be written, is the run's own, or holds anything else than the beginning of its log."
     own = [run_dir.resolve() / name for name in (*Tracker.artifacts, "tracking.json", "tokenizer", "checkpoints")] if run_dir else []
-    if any(way.is_relative_to(path) for way in (copy.resolve(), copy.parent.resolve() / copy.name) for path in own):
+    ways = Path(os.path.realpath(copy)), Path(os.path.realpath(copy.parent), copy.name)  # links in a circle are said below
+    if any(way.is_relative_to(path) for way in ways for path in own):
         raise InputError(f"hyperparams.log_file: {copy} is a file that the run itself writes; name another")
     try:
-        new, first = not copy.exists(), first_of(copy)
+        file = plain_file(copy)
+        new, first = file and not file.exists(), first_of(file) if file else b""
         if first and first != (first_of(run_dir / "metrics.jsonl") if run_dir and resume else b""):
             raise InputError(f"hyperparams.log_file: {copy} holds something else than the log of this run; name a new file")
         copy.open("a").close()
-        if new:
-            copy.unlink()
+        if file and new:
+            file.unlink()
     except OSError as e:
         raise InputError(f"hyperparams.log_file: {copy} cannot be written ({e.strerror})") from None
 
@@ -339,8 +352,8 @@ class Tracker:
             self.kept = cut_log(log, resume_step)
         if lost := self.kept.lost:
             warnings.warn(f"{log}: {lost}", stacklevel=5)
-        if copy and (copy.is_file() or not copy.exists()):  # what a device was told before, it knows
-            atomic_write(copy, log.read_bytes())
+        if copy and (file := plain_file(copy)):  # what a device was told before, it knows
+            atomic_write(file, log.read_bytes())
         self.files = {path: open(path, "a", encoding="utf-8") for path in (log, copy) if path}
 
     def _write(self, record: dict[str, Any]) -> None:

@@ -136,6 +136,57 @@ def test_a_log_that_cannot_be_written_is_an_error_with_its_name(tmp_path):
     tracker.close()
 
 
+def log_two(run_dir: Path, log_file: Path, resume_step: int | None = None) -> None:
+    """Log two steps more than a run has, also to a second log."""
+    run_dir.mkdir(exist_ok=True)
+    tracker = Tracker(run_dir, smaller(f"hyperparams.log_file={log_file}"), resume_step)
+    for step in (1, 2):
+        tracker.log("training_step", step=(resume_step or 0) + step)
+    tracker.close()
+
+
+@pytest.mark.parametrize("target", ["there.jsonl", "new.jsonl", "second"])
+def test_a_second_log_that_is_a_link_stays_one(target, tmp_path):
+    """To a file, to one that is not there yet, and to another link."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "there.jsonl").touch()
+    (tmp_path / "elsewhere" / "second").symlink_to("there.jsonl")
+    (link := tmp_path / "log.jsonl").symlink_to(Path("elsewhere") / target)
+    check_tracking(smaller(f"hyperparams.log_file={link}"))
+    assert (tmp_path / "elsewhere" / target).exists() == (target != "new.jsonl") and link.is_symlink()
+    for step, steps in ((None, [1, 2]), (1, [1, 2, 3])):
+        log_two(tmp_path / "run", link, step)
+        assert [e["step"] for e in read_events(link)] == steps
+    assert link.is_symlink() and (tmp_path / "elsewhere" / "second").is_symlink()
+    assert link.read_bytes() == (tmp_path / "run" / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "open file"])
+def test_what_a_process_holds_open_is_added_to_and_never_replaced(kind, tmp_path):
+    """As /dev/stderr is: a link to a link in /proc. An open file that were replaced would be lost to who holds it."""
+    ends, errors = os.pipe(), open(tmp_path / "err.txt", "a+")  # noqa: SIM115
+    errors.write("a warning\n")
+    errors.flush()
+    (link := tmp_path / "stderr").symlink_to(f"/proc/self/fd/{ends[1] if kind == 'pipe' else errors.fileno()}")
+    with errors:
+        log_two(tmp_path / "run", link)
+        log_two(tmp_path / "run", link, resume_step=1)
+        errors.seek(0)
+        lines = os.read(ends[0], 10**4).decode().splitlines() if kind == "pipe" else errors.read().splitlines()[1:]
+    _ = [os.close(end) for end in ends]
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 2, 3] and link.is_symlink()
+
+
+def test_a_second_log_that_leads_nowhere_is_one_line(tmp_path):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    (tmp_path / "c").symlink_to("no/such/folder")
+    for name in ("a", "c", "a/log.jsonl"):
+        with pytest.raises(InputError, match=r"log_file: .* cannot be written \(.*\)$"):
+            train(smaller(f"hyperparams.log_file={tmp_path / name}"), tmp_path / "run", progress=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c"] and all(p.is_symlink() for p in tmp_path.iterdir())
+
+
 def test_curves_of_a_run_without_steps_and_of_one_with_gaps():
     assert plot_curves([]).axes
     steps = [{"event": "training_step", "step": s, "lr": 0.1, "train/nats_per_char": None if s == 2 else 1.0} for s in (1, 2, 3)]
