@@ -59,6 +59,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'mainrun_nb.case.token_pattern': ('case.html#token_pattern', 'mainrun_nb/case.py')},
             'mainrun_nb.check': { 'mainrun_nb.check.Finding': ('check.html#finding', 'mainrun_nb/check.py'),
                                   'mainrun_nb.check.Finding.__str__': ('check.html#finding.__str__', 'mainrun_nb/check.py'),
+                                  'mainrun_nb.check.alike': ('check.html#alike', 'mainrun_nb/check.py'),
+                                  'mainrun_nb.check.as_set': ('check.html#as_set', 'mainrun_nb/check.py'),
                                   'mainrun_nb.check.check_checkpoint': ('check.html#check_checkpoint', 'mainrun_nb/check.py'),
                                   'mainrun_nb.check.check_database': ('check.html#check_database', 'mainrun_nb/check.py'),
                                   'mainrun_nb.check.check_files': ('check.html#check_files', 'mainrun_nb/check.py'),

@@ -133,6 +133,16 @@ def of_other_sweep(trial: dict[str, Any], sweep: str) -> bool:
     return bool(sweep) and trial.get("sweep", sweep) not in ("", sweep)
 
 
+def alike(a: Any, b: Any) -> bool:
+    "Whether two values of a setting are the same; names may be in capitals."
+    return a == b or json.dumps(a).lower() == json.dumps(b).lower()
+
+
+def as_set(key: str, value: Any, own: Any) -> bool:
+    "Whether a run's own setting is what its trial sets; what an interpolation or `amp_dtype: auto` comes to is known to the run alone."
+    return "${" in json.dumps(value) or (key, value) == ("hyperparams.amp_dtype", "auto") or alike(own, value)
+
+
 def check_trial(folder: Path, sweep: str = "") -> list[Finding]:
     "The state of a trial's files and of its run's; `sweep`: the id of the sweep that it is in."
     trial: dict[str, Any] = {}
@@ -142,7 +152,7 @@ def check_trial(folder: Path, sweep: str = "") -> list[Finding]:
     begun = (run / "config.yaml").exists() or run_files(run) or trial.get("status") == "complete"
     inner = check_run(run) if begun else []
     own = settings_of(run) or {}
-    differ = [k for k, v in trial.get("params", {}).items() if own.get(k, v) != v]
+    differ = [k for k, v in trial.get("params", {}).items() if not as_set(k, v, own.get(k, v))]
     if inner and inner[0].state == "whole" and differ:
         inner[0] = Finding("config.yaml", "of another run", f"its {differ[0]} is not the trial's")
     for f in inner:
@@ -164,8 +174,7 @@ def other_base(base: Path, record: dict[str, Any]) -> list[str]:
     "The settings that decide numbers and are others in a sweep's base.yaml than in its record, in words."
     now, said = decisive(flatten(load_config(base))), record.get("configuration", {})
     then = decisive(said) if said else {}
-    same = lambda a, b: json.dumps(a).lower() == json.dumps(b).lower()  # noqa: E731  names may be in capitals
-    return [f"{k} ({then[k]!r} there, {v!r} here)" for k, v in now.items() if k in then and not same(then[k], v)]
+    return [f"{k} ({then[k]!r} there, {v!r} here)" for k, v in now.items() if k in then and not alike(then[k], v)]
 
 # %% ../nbs/29_check.ipynb #c66f62b8
 def check_sweep(out: Path) -> list[Finding]:

@@ -18,6 +18,7 @@ import yaml
 from mainrun_nb import files
 from mainrun_nb import sweep as sw
 from mainrun_nb import trials as tr
+from mainrun_nb.check import check_files
 from mainrun_nb.checkpoint import split_digest
 from mainrun_nb.config import InputError, RunError, config_yaml, find_file, flatten, load_config
 from mainrun_nb.memory import estimate_memory
@@ -896,6 +897,16 @@ class Inline:
 
     def close(self):
         pass
+
+
+def test_a_trial_may_set_what_only_its_run_knows(tmp_path, base, monkeypatch):
+    """`auto` and an interpolation: config.yaml says what they were, and mainrun-check does not take it for another run's."""
+    monkeypatch.setitem(sw.ENGINES, "inline", Inline)
+    search = search_of(tmp_path, "parameters:\n  hyperparams.amp_dtype: {value: auto}\n  data.source: {value: '${oc.env:MAINRUN_SOURCE,synthetic}'}")
+    board = run_sweep(search, base, tmp_path / "out", trials=1, engine="inline", fast=True, progress=False, overrides=["hyperparams.max_steps=2"])
+    own = load_config(board.best.folder(tmp_path / "out") / "run" / "config.yaml")
+    assert (own.hyperparams.amp_dtype, own.data.source) == ("bf16", "synthetic") != tuple(board.best.params.values())
+    assert {f.state for f in check_files(tmp_path / "out")} == {"whole"}
 
 
 def staged(search, base, out, trials, retry):
