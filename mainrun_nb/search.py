@@ -16,7 +16,7 @@ import warnings
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from .config import Config, InputError, find_file, flatten, read_yaml
+from .memory import steps_of
 from .space import COUNT, FLAG, FORMS, LIST, MAPPING, NUMBER, TEXT, Dimension, Key, is_number, one_name, quantile
 from .space import read_dimension, read_keys
 from .trials import Trial, effective, is_read, read_board
@@ -40,7 +41,7 @@ class Search:
     dimensions: list[Dimension]
     early: dict[str, Any]  # early_terminate, its defaults filled in; empty: nothing is stopped early
     raw: dict[str, Any]  # the file as it was, for W&B and for the record
-    run_cap: int | None = None  # the most trials that the file allows
+    run_cap: int | None = None  # so many trials, unless more or fewer are asked for
     target: float | None = None  # no more trials once the metric is as good as this
 
     def wanted(self, trials: int | None) -> int:
@@ -174,7 +175,9 @@ def _evaluations(base: Config, dimensions: list[Dimension]) -> tuple[float, floa
     varied = {d.key: d for d in dimensions}
     epochs, evals, steps = (varied[f"hyperparams.{name}"].largest if f"hyperparams.{name}" in varied else getattr(base.hyperparams, name)
                             for name in ("epochs", "evals_per_epoch", "max_steps"))
-    return min(epochs * evals, steps or math.inf), min(epochs * (2 * evals - 1) + 1, steps or math.inf)
+    steps, epoch = steps or math.inf, steps_of(replace(base, hyperparams=replace(base.hyperparams, epochs=1, max_steps=None)))
+    about = min(evals * min(epochs, max(1, steps / epoch)), steps)
+    return about if math.isinf(about) else round(about), min(epochs * (2 * evals - 1) + 1, steps)
 
 
 def _can_act(early: dict[str, Any], metric: str, base: Config, dimensions: list[Dimension]) -> None:
