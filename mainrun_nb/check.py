@@ -142,7 +142,7 @@ def as_set(key: str, value: Any, own: Any) -> bool:
     "Whether a run's own setting is what its trial sets; what an interpolation or `amp_dtype: auto` comes to is known to the run alone."
     return "${" in json.dumps(value) or (key, value) == ("hyperparams.amp_dtype", "auto") or alike(own, value)
 
-
+# %% ../nbs/29_check.ipynb #35e5a28e
 def check_trial(folder: Path, sweep: str = "") -> list[Finding]:
     "The state of a trial's files and of its run's; `sweep`: the id of the sweep that it is in."
     trial: dict[str, Any] = {}

@@ -279,7 +279,7 @@ def plain_file(path: Path) -> Path | None:
         path = path.parent / os.readlink(path)
     return path if path.is_file() or not path.exists() else None
 
-
+# %% ../nbs/24_tracking.ipynb #49cd04b6
 def check_copy(copy: Path, run_dir: Path | None, resume: bool = True) -> None:
     "Raise `InputError` for a second log that cannot be written, is the run's own, or holds anything else than the beginning of its log."
     own = [run_dir.resolve() / name for name in (*Tracker.artifacts, "tracking.json", "tokenizer", "checkpoints")] if run_dir else []

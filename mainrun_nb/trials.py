@@ -307,7 +307,7 @@ def known_titles(run_dir: Path) -> str:
             return found
     return ""
 
-
+# %% ../nbs/29a_trials.ipynb #d02f7038
 def check_sweep_titles(
     out: Path,  # the folder of a sweep that goes on, or of none yet
     base: Config,
