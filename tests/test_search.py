@@ -571,7 +571,8 @@ def test_a_rule_that_cannot_act_is_refused(tmp_path, base, text, says):
     ("hyperparams.epochs: {values: [1, 20]}", 50, "taken"), ("hyperparams.epochs: {min: 1, max: 3}", 16, "refused"),
     ("hyperparams.evals_per_epoch: {values: [1, 2]}", 14, "said"), ("hyperparams.max_steps: {values: [10, null]}", 20, "taken"),
     ("hyperparams.max_steps: {values: [10, 20]}", 20, "refused"), ("hyperparams.max_steps: {value: 100}", 3, "said"),
-    ("hyperparams.max_steps: {value: 100}", 2, "taken"), ("hyperparams.max_steps: {value: 270}", 5, "taken"), ("hyperparams.lr: {value: 1}", 20, "taken"),
+    ("hyperparams.max_steps: {value: 100}", 2, "taken"), ("hyperparams.max_steps: {value: 270}", 5, "taken"),
+    ("hyperparams.lr: {value: 1}", 20, "taken"),
     ("hyperparams.lr: {value: 1}", 22, "said"), ("hyperparams.epochs: {values: ['${oc.env:MAINRUN_EPOCHS,1}']}", 9999, "taken"),
 ])  # fmt: skip
 def test_what_a_search_varies_decides_how_many_evaluations_there_are(tmp_path, base, entry, first, ends):

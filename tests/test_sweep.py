@@ -398,14 +398,15 @@ def test_a_sweep_goes_on_with_the_titles_it_was_begun_with(tmp_path, base, prete
 @pytest.mark.parametrize("claims", ["nothing", "result", "log"])
 def test_where_no_digest_is_kept_the_trials_say_which_titles_they_had(tmp_path, base, pretend, dimension, claims):
     """A sweep from before digests were kept, and one whose search chooses the titles, of each of its choices."""
-    search, out, (mine, moved, others) = search_of(tmp_path, f"parameters: {{{dimension}}}\nmethod: grid"), tmp_path / "out", title_files(tmp_path)
+    search, out = search_of(tmp_path, f"parameters: {{{dimension}}}\nmethod: grid"), tmp_path / "out"
+    mine, moved, others = title_files(tmp_path)
     for trial in pretend(search, base, out, overrides=[mine]).trials:
         titles, run = split_digest(load_config(base, [mine, *trial.overrides])), trial.folder(out) / "run"
         if claims == "result":
             (run / "result.json").write_text(json.dumps({"val/loss": 1.0, "data": {"sha256": titles}}))
         elif claims == "log":
-            first = {"event": "hyperparameters_configured", "identity": {"run": "a", "config": "b", "tokenizer": "c", "titles": titles[:16]}}
-            (run / "metrics.jsonl").write_text(json.dumps(first) + "\n")
+            identity = {"run": "a", "config": "b", "tokenizer": "c", "titles": titles[:16]}
+            (run / "metrics.jsonl").write_text(json.dumps({"event": "hyperparameters_configured", "identity": identity}) + "\n")
     record = json.loads((out / "sweep.json").read_text())
     assert bool(record.pop("titles")) == dimension.startswith("hyperparams")
     (out / "sweep.json").write_text(json.dumps({k: v for k, v in record.items() if k != "seal"}))
@@ -902,8 +903,10 @@ class Inline:
 def test_a_trial_may_set_what_only_its_run_knows(tmp_path, base, monkeypatch):
     """`auto` and an interpolation: config.yaml says what they were, and mainrun-check does not take it for another run's."""
     monkeypatch.setitem(sw.ENGINES, "inline", Inline)
-    search = search_of(tmp_path, "parameters:\n  hyperparams.amp_dtype: {value: auto}\n  data.source: {value: '${oc.env:MAINRUN_SOURCE,synthetic}'}")
-    board = run_sweep(search, base, tmp_path / "out", trials=1, engine="inline", fast=True, progress=False, overrides=["hyperparams.max_steps=2"])
+    source = "'${oc.env:MAINRUN_SOURCE,synthetic}'"
+    search = search_of(tmp_path, f"parameters: {{hyperparams.amp_dtype: {{value: auto}}, data.source: {{value: {source}}}}}")
+    short = ["hyperparams.max_steps=2"]
+    board = run_sweep(search, base, tmp_path / "out", trials=1, engine="inline", fast=True, progress=False, overrides=short)
     own = load_config(board.best.folder(tmp_path / "out") / "run" / "config.yaml")
     assert (own.hyperparams.amp_dtype, own.data.source) == ("bf16", "synthetic") != tuple(board.best.params.values())
     assert {f.state for f in check_files(tmp_path / "out")} == {"whole"}
