@@ -20,7 +20,6 @@ from typing import Annotated, Any
 from . import __version__, moved
 from .config import InputError, did_you_mean, find_file, load_config, shipped, visible
 from .console import COMMANDS, command, for_people, guard_notebook, guard_streams, needed, tell  # noqa: F401  for scripts
-from .files import check_file_name
 
 # %% ../nbs/34_cli.ipynb #29de3c26
 Settings = Annotated[str, {"metavar": "section.key=value"}]
@@ -169,12 +168,6 @@ def memory_cli(
         raise SystemExit(1)
 
 # %% ../nbs/34_cli.ipynb #d7376fcd
-def check_recipe(name: str | None) -> None:
-    "Raise `InputError` for a name under which `promote` could not write a recipe."
-    if name and (target := Path("sweeps/sota", f"{check_file_name(name, '--promote')}.yaml")).exists():
-        raise InputError(f"{target}: exists; choose another name")
-
-
 def after_sweep(board: Any, out: str, name: str | None) -> None:
     "Print the leaderboard; write the best trial as a recipe, if it is to have a name; say what can be done with a sweep that has ended."
     from mainrun_nb.sweep import promote
@@ -208,9 +201,11 @@ def sweep_cli(
 ):
     "Run a sweep; prints its leaderboard"
     from mainrun_nb.sweep import run_sweep
+    from mainrun_nb.trials import recipe_file
 
     config, out = needed(config=config, out=out)
-    check_recipe(promote)
+    if promote:
+        recipe_file(promote)  # a bad name is said before the hours, not after
     limits: dict = dict(seed=seed, address=address, retry=retry, failures=failures)
     board = run_sweep(search, config, out, trials or None, jobs, engine, fast, resume, overrides, **limits)
     after_sweep(board, out, promote)

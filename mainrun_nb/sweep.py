@@ -33,11 +33,10 @@ from .hub import of_hub, published
 from .memory import MemoryBudgetError, check_budget, check_build, formula_need, in_words, predicted_time, steps_of
 from .runtime import Interrupted, in_log_file, noted_signals
 from .search import Chooser, Dimension, Search, for_wandb, grid_points, optuna_history, random_point, read_search  # noqa: F401
-from .files import check_file_name
 from .space import Setting
 from .tracking import has_key, sync_hint, wandb_mode
 from .trials import ENGINES, FINAL, EvaluationLog, Leaderboard, LocalEngine, Trial, disk_was_full, evaluations, override
-from .trials import check_sweep_titles, chooses_titles, read_board, read_record, read_trials, sweep_id, template, visible_gpus
+from .trials import check_sweep_titles, chooses_titles, read_board, read_record, read_trials, recipe_file, sweep_id, template, visible_gpus
 from .trials import watch_trial  # noqa: F401  for scripts
 
 # %% ../nbs/31_sweep.ipynb #825ecb96
@@ -510,12 +509,10 @@ def promote(
     folder: str | Path = "sweeps/sota",
 ) -> Path:
     "Write the best trial of a sweep as `folder/NAME.yaml`. Raises `InputError` if no trial is complete or the file exists."
-    out, target = Path(out_dir), Path(folder) / f"{check_file_name(name, '--promote')}.yaml"
+    out, target = Path(out_dir), recipe_file(name, folder)
     best = read_board(out).best
     if best is None:
         raise InputError(f"{out}: no trial is complete, so there is nothing to promote")
-    if target.exists():
-        raise InputError(f"{target}: exists; choose another name")
     run_dir = best.folder(out) / "run"
     try:
         require_one_run(run_dir)

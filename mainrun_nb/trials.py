@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENGINES', 'override', 'Trial', 'read_trials', 'evaluations', 'is_read', 'effective', 'Leaderboard', 'read_record',
-           'template', 'watch_trial', 'visible_gpus']
+           'recipe_file', 'template', 'watch_trial', 'visible_gpus']
 
 # %% ../nbs/29a_trials.ipynb #b99fdd91
 import csv
@@ -32,6 +32,7 @@ import yaml
 
 from .checkpoint import atomic_write, check_titles, collect, lock, read_result, read_sealed, sealed, split_digest
 from .config import Config, InputError, RunError, flatten, load_config, shipped
+from .files import check_file_name
 from .gpu import ask
 from .messages import as_yaml
 from .tracking import as_event
@@ -328,6 +329,14 @@ def check_sweep_titles(
         except InputError:
             continue
         check_titles(out, cfg.data.source, known, found, "sweep")
+
+# %% ../nbs/29a_trials.ipynb #7d1c4357
+def recipe_file(name: str, folder: str | Path = "sweeps/sota") -> Path:
+    "Where `promote` (chapter 31) writes a recipe. Raises `InputError` for what is no name of a file, and where the file exists."
+    target = Path(folder) / f"{check_file_name(name, '--promote')}.yaml"
+    if target.exists():
+        raise InputError(f"{target}: exists; choose another name")
+    return target
 
 # %% ../nbs/29a_trials.ipynb #b6fc1401
 def template(name: str) -> Path:
