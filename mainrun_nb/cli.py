@@ -200,8 +200,7 @@ def sweep_cli(
     promote: Name = None,  # write the best trial as sweeps/sota/NAME.yaml
 ):
     "Run a sweep; prints its leaderboard"
-    from mainrun_nb.sweep import run_sweep
-    from mainrun_nb.trials import recipe_file
+    from mainrun_nb.sweep import recipe_file, run_sweep
 
     config, out = needed(config=config, out=out)
     if promote:
