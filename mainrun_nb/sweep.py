@@ -509,11 +509,10 @@ def promote(
     folder: str | Path = "sweeps/sota",
 ) -> Path:
     "Write the best trial of a sweep as `folder/NAME.yaml`. Raises `InputError` if no trial is complete or the file exists."
-    out, target = Path(out_dir), recipe_file(name, folder)
-    best = read_board(out).best
+    best = read_board(out := Path(out_dir)).best
     if best is None:
         raise InputError(f"{out}: no trial is complete, so there is nothing to promote")
-    run_dir = best.folder(out) / "run"
+    target, run_dir = recipe_file(name, folder), best.folder(out) / "run"
     try:
         require_one_run(run_dir)
         result, cfg = read_result(run_dir / "result.json"), load_config(run_dir / "config.yaml")
