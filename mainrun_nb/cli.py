@@ -141,6 +141,17 @@ def generate_cli(
     else:
         print("\n".join(write_titles(model, tokenizer, prompt, n or 5, **options)))
 
+# %% ../nbs/34_cli.ipynb #b975df23
+def _writing_text(cfg: Any) -> str:
+    "What writing a title holds, in words, or why the model cannot write."
+    from mainrun_nb.memory import inference_memory
+
+    try:
+        found = inference_memory(cfg)
+    except InputError as e:  # an attention without a cache, which can be trained all the same
+        return f"to write a title: {e}"
+    return f"to write a title: {sum(found.values()) / 1e6:.2f} MB, of which {found['cache'] / 1e6:.2f} MB are the attention's cache"
+
 # %% ../nbs/34_cli.ipynb #ef1b46ad
 @command(examples=["mainrun-memory --config baseline --budget 8", "mainrun-memory --config sota/full hyperparams.device=cpu"])
 def memory_cli(
@@ -150,15 +161,15 @@ def memory_cli(
 ):
     "Predict the memory of a training step without running it"
     from mainrun_nb.device import pick_device
-    from mainrun_nb.memory import estimate_memory, in_words, inference_memory, memory_budget, step_seconds, steps_of, what_would_fit
+    from mainrun_nb.memory import estimate_memory, in_words, memory_budget, step_seconds, steps_of, what_would_fit
 
     (config,) = needed(config=config)
     cfg = load_config(config, (*overrides, *([f"hyperparams.memory_budget_gb={budget}"] if budget else [])))
     device = pick_device(cfg.hyperparams.device).type
-    estimate, allowed, writing = estimate_memory(cfg, device), memory_budget(cfg, device), inference_memory(cfg)
+    estimate, allowed = estimate_memory(cfg, device), memory_budget(cfg, device)
     fits = estimate.peak_bytes <= allowed
     print(estimate.table())
-    print(f"\nto write a title: {sum(writing.values()) / 1e6:.2f} MB, of which {writing['cache'] / 1e6:.2f} MB are the attention's cache")
+    print(f"\n{_writing_text(cfg)}")
     print(f"a training step needs {estimate.peak_bytes / 1e9:.2f} GB: {'fits' if fits else 'does not fit'} in {allowed / 1e9:.2f} GB")
     if fits and estimate.simulated and (seconds := step_seconds(cfg, device)):
         n = steps_of(cfg)

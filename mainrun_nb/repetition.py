@@ -113,7 +113,8 @@ def _checked(runs: Any) -> tuple[np.ndarray, ...]:  # n, tokens of a pass that w
     different = len(set(zip(n, unique, tokens, strict=True)))
     if len(np.unique(unique)) < 3 or different < 3 + sizes or len(n) < 4 + sizes:
         found = f"{len(np.unique(unique))} in {len(n)} runs ({different} different) of {sizes} size{'s' * (sizes > 1)}"
-        raise InputError(f"repetition law: needs three numbers of different tokens, and {4 + sizes} runs or more, found {found}")
+        raise InputError(f"repetition law: needs three numbers of different tokens, and {4 + sizes} runs or more, "
+                         f"{3 + sizes} of them different, found {found}")
     return n, unique, tokens, loss
 
 # %% ../nbs/33b_repetition.ipynb #9c3bbfd4
