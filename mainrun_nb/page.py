@@ -271,7 +271,9 @@ def check_notebook(notebook: Path) -> None:
     try:
         text = notebook.read_bytes() if notebook.exists() else b""
         known = not text or set(json.loads(text)["metadata"]["papermill"]["parameters"]) in ({"folders"}, {"folders", "out"})
-    except (OSError, ValueError, KeyError, TypeError):
+    except ValueError:  # no JSON: beside a page, it is what was left when its writer was killed
+        known = any(notebook.with_suffix(ending).exists() for ending in (".html", ".htm"))
+    except (OSError, KeyError, TypeError):
         known = False
     if not known:
         raise InputError(f"{notebook}: would be replaced by the notebook beside the page; choose another --out")

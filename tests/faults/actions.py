@@ -80,6 +80,7 @@ def executed_here(source: str, target: str, parameters: dict, **more: object) ->
         except Exception as e:
             raise PapermillExecutionError(number, number, code, type(e).__name__, str(e), traceback.format_exc()) from None
         names.update(parameters if "parameters" in cell["metadata"].get("tags", []) else {})
+    notebook["metadata"]["papermill"] = {"parameters": parameters}  # by which a second report knows the notebook for its own
     Path(target).write_text(json.dumps(notebook))
 
 
