@@ -266,7 +266,7 @@ def _check_runs(names: tuple[str, ...], x: np.ndarray, y: np.ndarray, least: int
 def _fit(names: tuple[str, ...], quantities: Sequence[Any], loss: Any, floor: bool, delta: float, draws: int, seed: int) -> ScalingLaw:
     "Fit a `ScalingLaw` to runs, with bootstrap intervals."
     x, y = np.array([np.asarray(q, float) for q in quantities]), np.asarray(loss, float)
-    least, exact = 3 if floor else 2, np.unique(x, axis=1).shape[1] == 2 * len(x) + floor
+    least, exact = 3 if floor else 2, len(y) == 2 * len(x) + floor
     _check_runs(names, x, y, least, 2 * len(x) + floor)
     centre, log_y = np.log(x).mean(1), np.log(y)
     z = np.log(x) - centre[:, None]
