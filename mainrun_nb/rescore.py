@@ -21,7 +21,7 @@ from .config import Config, Hyperparams, InputError, flatten, load_config
 from .data import read_split, titles_digest, token_stream, trained_on
 from .device import device_of
 from .evaluate import challenge_windows, lost_titles, validation_metrics
-from .messages import as_yaml
+from .messages import override
 from .sources import Account, all_titles, hub_set
 from .trainer import references
 
@@ -42,7 +42,7 @@ def data_settings(run: OpenRun, overrides: Iterable[str]) -> Config:
             raise InputError(f"{text}: a finished run takes other settings of data only, as data.source=FILE or data.column=NAME")
         if text.partition("=")[0] == "data.train_share":
             raise InputError(f"{text}: has been decided by training; the references are counted on the same titles")
-    own = [f"{k}={as_yaml(v)}" for k, v in flatten(run.cfg).items() if k.startswith("data.")]
+    own = [override(k, v) for k, v in flatten(run.cfg).items() if k.startswith("data.")]
     return replace(run.cfg, data=load_config(None, [*own, *overrides]).data)
 
 # %% ../nbs/27a_rescore.ipynb #c8989aec
@@ -79,7 +79,7 @@ def evaluate_run(
     Raises `InputError` where the run's own titles are not found any more: some of others may be titles that it was trained on.
     """
     run = open_run(run_dir, which)
-    cfg = data_settings(run, overrides if titles is None else [*overrides, f"data.source={as_yaml(titles)}"])
+    cfg = data_settings(run, overrides if titles is None else [*overrides, override("data.source", titles)])
     model = run.model.to(device_of(cfg.hyperparams))
     if titles is None:
         train, val, account = own_titles(run_dir, run, elsewhere(cfg))

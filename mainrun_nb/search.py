@@ -28,7 +28,8 @@ from .memory import steps_of
 from .space import COUNT, FLAG, FORMS, LIST, MAPPING, NUMBER, TEXT, Dimension, Key, is_number, one_name, quantile
 from .space import read_dimension, read_keys
 from .trials import Trial, effective, is_read, read_board
-from .trials import Leaderboard, evaluations, override, read_trials  # noqa: F401  scripts import them from here
+from .messages import override  # noqa: F401
+from .trials import Leaderboard, evaluations, read_trials  # noqa: F401  scripts import them from here
 
 # %% ../nbs/30_search.ipynb #5d23ac97
 @dataclass

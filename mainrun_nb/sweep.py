@@ -31,11 +31,12 @@ from .config import Config, InputError, RunError, TrackingConfig, config_yaml, d
 from .device import pick_device
 from .hub import of_hub, published
 from .memory import MemoryBudgetError, check_budget, check_build, formula_need, in_words, predicted_time, steps_of
+from .messages import override
 from .runtime import Interrupted, in_log_file, noted_signals
 from .search import Chooser, Dimension, Search, for_wandb, grid_points, optuna_history, random_point, read_search  # noqa: F401
 from .space import Setting
 from .tracking import has_key, sync_hint, wandb_mode
-from .trials import ENGINES, FINAL, EvaluationLog, Leaderboard, LocalEngine, Trial, disk_was_full, evaluations, override
+from .trials import ENGINES, FINAL, EvaluationLog, Leaderboard, LocalEngine, Trial, disk_was_full, evaluations
 from .trials import check_sweep_titles, chooses_titles, read_board, read_record, read_trials, recipe_file, sweep_id, template, visible_gpus
 from .trials import watch_trial  # noqa: F401  for scripts
 

@@ -16,10 +16,10 @@ from mainrun_nb import cli, formats, sources
 from mainrun_nb.config import DataConfig, InputError, load_config, tiny
 from mainrun_nb.data import fingerprint, read_split
 from mainrun_nb.formats import title_files
+from mainrun_nb.messages import override
 from mainrun_nb.sources import all_titles, draw_titles, load_titles, read_titles
 from mainrun_nb.synthetic import sample_titles
 from mainrun_nb.trainer import evaluate_run, train
-from mainrun_nb.trials import override
 
 KINDS = ("txt", "csv", "tsv", "jsonl", "json", "parquet")
 
